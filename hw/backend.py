@@ -1,0 +1,65 @@
+"""Backend: one hardware target. Capabilities: its facts, as data, so that nothing asks for a name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from hw.comm import Comm
+from hw.kvcache import KVCachePool, KVLayout
+from hw.ops import Ops
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a device can do. Selection and defaults read these, never the device's name.
+
+    dtypes: weights and activations it computes in, best first. kv_dtypes: cache storage. schemes: quantizations.
+    graphs: steps can be captured and replayed. block_size: default tokens per KV block.
+    ideal_step_tokens: where its GEMMs turn from memory-bound to compute-bound (pacing).
+    """
+
+    name: str
+    device_name: str
+    dtypes: tuple[str, ...]
+    kv_dtypes: tuple[str, ...]
+    schemes: tuple[str, ...]
+    graphs: bool
+    block_size: int
+    ideal_step_tokens: int
+    memory_bytes: int
+
+
+class Backend(Protocol):
+    """The contract of hw/<target>/backend.py."""
+
+    capabilities: Capabilities
+    device: torch.device
+    ops: Ops
+
+    def free_bytes(self) -> int:
+        """Memory that the KV cache may still take on the device, before any margin."""
+        ...
+
+    def make_kv_cache(self, layout: KVLayout) -> KVCachePool:
+        """Allocate the cache tensors. Raises MemoryError that says how much was asked for."""
+        ...
+
+    def all_reduce(self, x: torch.Tensor, comm: Comm) -> torch.Tensor:
+        """Sum over the ranks, in place where possible."""
+        ...
+
+    def copy_blocks(self, pool: KVCachePool, group: int, pairs: list[tuple[int, int]]) -> None:
+        """Copy whole blocks src -> dst in all layers of a group (copy-on-write)."""
+        ...
+
+    def to_host(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start an asynchronous copy to the host; the returned function waits for it and gives the host tensor."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for all queued work."""
+        ...
