@@ -200,6 +200,7 @@ class Batch(Message, frozen=True):
     blocks: list[RowBlocks] = []
     copies: list[BlockCopy] = []
     sent_s: float = 0.0
+    reset: bool = False  # the worker forgets all rows first; a fresh worker ignores every Batch before its first reset
 
 
 class Shutdown(Message, frozen=True):

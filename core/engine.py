@@ -1,0 +1,299 @@
+"""The engine: the scheduler process. Its loop reads as the algorithm: receive, schedule, send, publish.
+
+One step ahead: while the workers run Batch N, Batch N+1 already waits in their sockets (never more than that one), so
+a device does not wait for Python. The scheduler is pure; this file is its sockets and its clock.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import deque
+from typing import Any
+
+import msgspec
+import zmq
+
+from core.channel import ChannelFull, PeerGone, Server
+from core.messages import (
+    Abort,
+    Batch,
+    BatchResult,
+    Failed,
+    FromWorker,
+    Rejected,
+    SequenceOutput,
+    Shutdown,
+    StepOutput,
+    Stop,
+    Submit,
+    ToScheduler,
+    WorkerFailed,
+    WorkerReady,
+)
+from core.process import Process, freeze_heap
+from core.scheduler import Scheduler
+from core.stats import EngineSnapshot, RateMeter
+
+MAX_STEPS_IN_FLIGHT = 2  # one running, one waiting in the worker's socket
+
+
+class Workers:
+    """The ranks of this engine as the scheduler sees them: who is ready, and the one frame that reaches all."""
+
+    def __init__(self, server: Server[FromWorker], num_ranks: int) -> None:
+        self.server = server
+        self.num_ranks = num_ranks
+        self.ready: dict[int, WorkerReady] = {}
+        self.complete = False
+
+    def register(self, ready: WorkerReady) -> bool:
+        """Note a rank's WorkerReady; True when it completes the group.
+
+        A rank that reports again has been restarted, and so have all of its partners: the group starts over.
+        """
+        if self.complete:
+            self.complete = False
+            self.ready.clear()
+        self.ready[ready.rank] = ready
+        self.complete = len(self.ready) == self.num_ranks
+        return self.complete
+
+    def broadcast(self, message: Any) -> bool:
+        """Send to every rank; False when one is gone (the group will come back as a whole)."""
+        try:
+            for rank in range(self.num_ranks):
+                self.server.send(f"worker-{rank}", [message])
+        except PeerGone:
+            self.complete = False
+            self.ready.clear()
+        return self.complete
+
+
+class Tokenizers:
+    """The tokenizer processes: which one holds which request, and one frame per step for each of them."""
+
+    def __init__(self, server: Server[ToScheduler], engine: str) -> None:
+        self.server = server
+        self.engine = engine
+        self.owner: dict[str, str] = {}
+
+    def publish(self, step: int, outputs: list[SequenceOutput]) -> list[str]:
+        """Send a step's news; returns the ids of requests whose tokenizer is gone."""
+        by_peer: dict[str, list[SequenceOutput]] = {}
+        for output in outputs:
+            peer = self.owner.get(output.request_id)
+            if peer is not None:
+                by_peer.setdefault(peer, []).append(output)
+        orphans: list[str] = []
+        for peer, news in by_peer.items():
+            if not self._send(peer, StepOutput(self.engine, step, news)):
+                orphans += [request_id for request_id, owner in self.owner.items() if owner == peer]
+        return orphans
+
+    def end(self, ending: Rejected | Failed) -> None:
+        """Send a request's ending."""
+        peer = self.owner.pop(ending.request_id, None)
+        if peer is not None:
+            self._send(peer, ending)
+
+    def _send(self, peer: str, message: Any) -> bool:
+        try:
+            self.server.send(peer, [message])
+        except (PeerGone, ChannelFull):
+            return False
+        return True
+
+
+class Engine:
+    """The loop. Collaborators come in ready-made; `run` returns when the supervisor asks for the end."""
+
+    def __init__(self, process: Process, tokenizers: Tokenizers, workers: Workers) -> None:
+        self.process = process
+        self.tokenizers = tokenizers
+        self.workers = workers
+        self.scheduler: Scheduler | None = None
+        self.in_flight: deque[int] = deque()
+        self.backlog: deque[tuple[str, Submit]] = deque()  # arrived before the workers were ready
+        self.deadlines: list[tuple[float, str]] = []
+        self.meter = RateMeter()
+        self.needs_reset = True
+
+    def run(self) -> None:
+        """Receive, schedule, send, publish; until stopped."""
+        poller = zmq.Poller()
+        for socket in (self.tokenizers.server.socket, self.workers.server.socket, self.process.control.socket):
+            poller.register(socket, zmq.POLLIN)
+        while not self.process.stopping:
+            poller.poll(200 if not self.deadlines else 20)
+            self.receive_requests()
+            outputs = self.receive_results()
+            self.send_batches()
+            self.publish(outputs)
+            self.expire()
+            self.process.poll_control()
+            self.beat()
+        self.workers.broadcast(Shutdown("the server stops"))
+
+    # ------------------------------------------------------------------------------------------ receive
+
+    def receive_requests(self) -> None:
+        """Take everything that the tokenizers have sent."""
+        while (frame := _receive(self.tokenizers.server)) is not None:
+            peer, messages = frame
+            for message in messages:
+                match message:
+                    case Submit():
+                        self.admit(peer, message)
+                    case Stop(request_id, choice):
+                        if self.scheduler is not None and self.scheduler.stop(request_id, choice):
+                            self.tokenizers.owner.pop(request_id, None)
+                    case Abort(request_id):
+                        self.abort(request_id)
+
+    def admit(self, peer: str, submit: Submit) -> None:
+        """Queue a request, or refuse it with the reason."""
+        self.tokenizers.owner[submit.request_id] = peer
+        if self.scheduler is None:
+            self.backlog.append((peer, submit))
+            return
+        if (reason := self.scheduler.fits(submit)) is not None:
+            self.tokenizers.end(Rejected(submit.request_id, "context_length_exceeded", reason, "messages"))
+            return
+        limit = self.process.config.max_queued_requests
+        if self.scheduler.num_waiting >= limit:
+            text = f"{limit} requests are waiting already (--max-queued-requests); try again later"
+            self.tokenizers.end(Rejected(submit.request_id, "queue_full", text, None, self.meter.drain_s(limit)))
+            return
+        self.scheduler.add(submit)
+        if submit.deadline_s is not None:
+            heapq.heappush(self.deadlines, (submit.deadline_s, submit.request_id))
+
+    def abort(self, request_id: str) -> None:
+        """Free everything of a request at once; its tokenizer knows."""
+        self.tokenizers.owner.pop(request_id, None)
+        if self.scheduler is not None:
+            self.scheduler.abort(request_id)
+        else:
+            self.backlog = deque(item for item in self.backlog if item[1].request_id != request_id)
+
+    def receive_results(self) -> list[tuple[int, list[SequenceOutput]]]:
+        """Take everything that the workers have sent; returns the steps' news, not yet published."""
+        news: list[tuple[int, list[SequenceOutput]]] = []
+        while (frame := _receive(self.workers.server)) is not None:
+            for message in frame[1]:
+                match message:
+                    case BatchResult() if self.scheduler is not None and message.step in self.in_flight:
+                        self.in_flight.remove(message.step)
+                        outputs = self.scheduler.update(message)
+                        self.meter.step(message, outputs)
+                        news.append((message.step, outputs))
+                    case WorkerReady():
+                        self.register(message)
+                    case WorkerFailed() if self.scheduler is not None and message.step in self.in_flight:
+                        self.fail_step(message)
+        return news
+
+    def register(self, ready: WorkerReady) -> None:
+        """A rank is ready; with the last one, work begins, or begins again after the group's restart."""
+        if not self.workers.register(ready):
+            return
+        self.in_flight.clear()
+        self.needs_reset = True
+        if self.scheduler is None:
+            self.scheduler = Scheduler.from_worker(ready, self.process.config, self.process.model)
+            self.process.ready(detail=_describe(self.workers.ready))
+            while self.backlog:
+                self.admit(*self.backlog.popleft())
+            freeze_heap()
+        else:
+            self.scheduler.reset_workers()
+
+    def fail_step(self, failure: WorkerFailed) -> None:
+        """End the requests of a step that the workers could not run; everybody else goes on by recomputation."""
+        assert self.scheduler is not None
+        if failure.step not in self.in_flight:
+            return
+        for request_id in self.scheduler.requests_of(failure.step, failure.rows):
+            self.scheduler.abort(request_id)
+            text = f"step {failure.step} failed on rank {failure.rank}: {failure.message}"
+            self.tokenizers.end(Failed(request_id, "worker_failed", text))
+        self.in_flight.clear()
+        self.scheduler.reset_workers()
+        self.needs_reset = True
+
+    # ------------------------------------------------------------------------------------------ schedule and send
+
+    def send_batches(self) -> None:
+        """Keep the workers one step ahead."""
+        if self.scheduler is None or not self.workers.complete:
+            return
+        while len(self.in_flight) < MAX_STEPS_IN_FLIGHT:
+            batch = self.scheduler.schedule()
+            if batch is None:
+                return
+            batch = msgspec.structs.replace(
+                batch, engine=self.process.model.engine, sent_s=time.monotonic(), reset=self.needs_reset
+            )
+            self.needs_reset = False
+            self.in_flight.append(batch.step)
+            if not self.workers.broadcast(batch):
+                return
+
+    # ------------------------------------------------------------------------------------------ publish
+
+    def publish(self, news: list[tuple[int, list[SequenceOutput]]]) -> None:
+        """One frame per step and tokenizer. Comes after sending: the device's work goes first."""
+        scheduler = self.scheduler
+        for step, outputs in news:
+            for request_id in self.tokenizers.publish(step, outputs):
+                self.abort(request_id)
+            for output in outputs:
+                if output.finish_reason is not None and scheduler is not None and not scheduler.has(output.request_id):
+                    self.tokenizers.owner.pop(output.request_id, None)
+
+    def expire(self) -> None:
+        """End requests whose deadline has passed."""
+        now = time.monotonic()
+        while self.deadlines and self.deadlines[0][0] <= now:
+            _, request_id = heapq.heappop(self.deadlines)
+            if request_id in self.tokenizers.owner:
+                self.tokenizers.end(Failed(request_id, "deadline_exceeded", "the request's deadline has passed"))
+                self.abort(request_id)
+
+    def beat(self) -> None:
+        """Statistics ride on the heartbeat, which comes from this loop and nowhere else."""
+        if not self.process.control.due():
+            return
+        scheduler = self.scheduler
+        snapshot = EngineSnapshot() if scheduler is None else self.meter.snapshot(scheduler.counters())
+        self.process.beat(snapshot)
+
+
+def _receive(server: Server[Any]) -> tuple[str, list[Any]] | None:
+    return server.receive(0)
+
+
+def _describe(ranks: dict[int, WorkerReady]) -> str:
+    ready = ranks[0]
+    tokens = min(count * ready.block_size for count in ready.num_blocks)
+    return f"{len(ranks)} worker(s) on {ready.device}, {tokens:,} KV tokens in blocks of {ready.block_size}"
+
+
+def main() -> None:
+    """Entry point of the scheduler process."""
+    process = Process.start("scheduler")
+    context: zmq.Context[Any] = zmq.Context()
+    tokenizers = Tokenizers(Server(context, process.address("scheduler"), ToScheduler), process.model.engine)
+    workers = Workers(Server(context, process.address("workers"), FromWorker), process.config.tensor_parallel_size)
+    try:
+        Engine(process, tokenizers, workers).run()
+    finally:
+        tokenizers.server.close()
+        workers.server.close()
+        context.term()
+        process.finish()
+
+
+if __name__ == "__main__":
+    main()
