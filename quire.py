@@ -24,6 +24,7 @@ import zmq
 import zmq.asyncio
 
 PROTOCOL_VERSION = 1
+MAX_FRAME_BYTES = 64 * 1024 * 1024  # of a client's frame
 
 
 class QuireError(Exception):
@@ -85,10 +86,15 @@ class _Wire(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_f
 
 
 class Hello(_Wire, frozen=True, tag="hello"):
-    """Must be a client's first message. Sent again while waiting, it asks whether the server still lives."""
+    """Must be a client's first message; may stand at the head of any frame.
+
+    Sent while waiting it asks whether the server still lives, and `running` names the requests that are waited for:
+    those that the server does not know (it was restarted) end with an error.
+    """
 
     protocol: int
     client: str = ""
+    running: list[str] = []
 
 
 class GenerateRequest(_Wire, frozen=True, tag="generate"):
@@ -133,11 +139,10 @@ ClientMessage = Hello | GenerateRequest | AbortRequest | ModelsRequest | StatsRe
 
 
 class Welcome(_Wire, frozen=True, tag="welcome"):
-    """The answer to Hello. `instance` changes when the server restarts: what was running is then lost."""
+    """The answer to Hello."""
 
     protocol: int
     server: str
-    instance: str
     models: list[str] = []
 
 
@@ -312,13 +317,22 @@ class _Session:
         self.asked_s = self.heard_s
 
     def hello(self) -> bytes:
+        """The frame that asks whether the server lives and knows what is waited for."""
         self.asked_s = time.monotonic()
-        return _encoder.encode([Hello(protocol=PROTOCOL_VERSION, client="quire.py")])
+        return _encoder.encode([Hello(protocol=PROTOCOL_VERSION, client="quire.py", running=list(self.inboxes))])
 
-    def open(self, request_id: str) -> None:
+    def open(self, request: GenerateRequest | ModelsRequest | StatsRequest) -> bytes:
+        """Begin to wait for a request's answers; returns the frame to send.
+
+        The hello comes along: ZeroMQ reconnects silently, and a restarted server has not been greeted yet.
+        """
+        frame = _encoder.encode([Hello(protocol=PROTOCOL_VERSION, client="quire.py"), request])
+        if len(frame) > MAX_FRAME_BYTES:
+            raise QuireError("body_too_large", f"the request takes {len(frame)} bytes; at most {MAX_FRAME_BYTES}")
         if not self.inboxes:
             self.heard_s = time.monotonic()  # silence counts only while something is being waited for
-        self.inboxes[request_id] = deque()
+        self.inboxes[request.id] = deque()
+        return frame
 
     def close(self, request_id: str) -> None:
         self.inboxes.pop(request_id, None)
@@ -335,17 +349,11 @@ class _Session:
             return
         for message in messages:
             if isinstance(message, Welcome):
-                if self.welcome is not None and self.welcome.instance != message.instance:
-                    self.fail_all("engine_failed", "the server was restarted while this request was running")
                 self.welcome = message
             elif isinstance(message, Error) and not message.id:
                 self.failure = QuireError(message.code, message.message, message.param, message.retry_after_s)
             elif (inbox := self.inboxes.get(message.id)) is not None:
                 inbox.append(message)
-
-    def fail_all(self, code: str, text: str) -> None:
-        for request_id, inbox in self.inboxes.items():
-            inbox.append(Error(id=request_id, code=code, message=text))
 
     def next(self, request_id: str) -> ServerMessage | None:
         """The request's next message, None when there is none yet. Raises QuireError for an error of any kind."""
@@ -422,7 +430,6 @@ class Client:
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket = _socket(self._context, self.address)
         self._session = _Session(self.address)
-        self._socket.send(self._session.hello())
 
     def generate(
         self,
@@ -492,8 +499,7 @@ class Client:
     ) -> Stream:
         """Begin to generate: iterate over the Tokens as they come. Leaving early aborts. Streams may interleave."""
         request = _generate_request(model, prompt, messages, sampling, options)
-        self._session.open(request.id)
-        self._socket.send(_encoder.encode([request]))
+        self._socket.send(self._session.open(request))
         return Stream(self, request, timeout_s if timeout_s is not None else self.timeout_s)
 
     def abort(self, request_id: str) -> None:
@@ -523,9 +529,9 @@ class Client:
 
     def _ask(self, request: ModelsRequest | StatsRequest) -> ServerMessage:
         deadline = _deadline(self.timeout_s)
-        self._session.open(request.id)
+        frame = self._session.open(request)
         try:
-            self._socket.send(_encoder.encode([request]))
+            self._socket.send(frame)
             while (reply := self._session.next(request.id)) is None:
                 if not self._pump(deadline):
                     raise _timed_out(self.timeout_s)
@@ -700,13 +706,12 @@ class AsyncClient:
         timeout_s = timeout_s if timeout_s is not None else self.timeout_s
         deadline = _deadline(timeout_s)
         if self._reader is None:
-            await self._socket.send(self._session.hello())
             self._reader = asyncio.create_task(self._read())
-        self._session.open(request.id)
+        frame = self._session.open(request)
         news = self._news[request.id] = asyncio.Event()
         ended = False
         try:
-            await self._socket.send(_encoder.encode([request]))
+            await self._socket.send(frame)
             while not ended:
                 try:
                     message = self._session.next(request.id)

@@ -1,0 +1,308 @@
+"""EngineClient: the one way into the engine, shared by the HTTP and the ZeroMQ door.
+
+It sends requests to the tokenizer processes and hands their news to whoever waits. A frame carries a step's news of
+many requests; each consumer is woken once per frame, and no task is made per token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+import msgspec
+import zmq
+
+from api.journal import Journal
+from core.channel import ChannelFull, Client
+from core.errors import QuireError
+from core.messages import Abort, Delta, Failed, Finished, FromTokenizer, Generate, Prompt, Rejected, Started
+from quire import SamplingParams
+
+log = logging.getLogger("quire.api")
+
+Event = Started | Delta | Finished
+
+MAX_BUFFERED_DELTAS = 4096  # unread news of one stream; some 2 MB, and half a minute at 128 tokens/s
+RETRY_AFTER_S = 1.0
+MAX_FRAMES_PER_TURN = 64  # frames taken before other tasks of the loop get their turn
+
+
+class ClientGone(Exception):
+    """The consumer of a stream went away; raised inside whatever still waits for its news."""
+
+
+class Stream:
+    """The news of the requests that one call made, as lists of (index of the prompt, event).
+
+    Iterate over it; iteration ends when every request has its Finished, and raises QuireError when one is rejected or
+    fails (the others are aborted). Leaving its context before the end aborts.
+    """
+
+    def __init__(self, client: EngineClient, max_buffered: int) -> None:
+        self.requests: list[Live] = []
+        self.num_open = 0
+        self._client = client
+        self._max_buffered = max_buffered
+        self._news: list[tuple[int, Event]] = []
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._poked = False
+
+    def push(self, index: int, event: Event) -> None:
+        """Add an event and wake the consumer (EngineClient's part)."""
+        if self._error is not None:
+            return
+        self._news.append((index, event))
+        if isinstance(event, Finished):
+            self.num_open -= 1
+        elif len(self._news) > self._max_buffered:
+            text = f"{self._max_buffered} pieces of output were waiting to be read; the request was aborted"
+            self.fail(QuireError("client_too_slow", text))
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """End with an error: everything still open is aborted; what was pushed before can still be read."""
+        if self._error is None and self.num_open:
+            self._error = error
+            self._client.abort(self)
+            self._wake()
+
+    def close(self) -> None:
+        """The consumer is gone: abort what is open."""
+        self._news.clear()
+        self.fail(ClientGone())
+
+    def poke(self) -> None:
+        """Let the consumer have a turn with an empty list, if it waits for news."""
+        self._poked = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> list[tuple[int, Event]]:
+        while not self._news:
+            if self._error is not None:
+                raise self._error
+            if self.num_open == 0:
+                raise StopAsyncIteration
+            if self._poked:
+                break
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        news, self._news, self._poked = self._news, [], False
+        return news
+
+    async def __aenter__(self) -> Stream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Live:
+    """A request under way: its journal, the tokenizer that has it, and the stream that reads it."""
+
+    __slots__ = ("index", "journal", "link", "stream")
+
+    def __init__(self, journal: Journal, link: int, stream: Stream, index: int) -> None:
+        self.journal = journal
+        self.link = link
+        self.stream = stream
+        self.index = index
+
+
+class EngineClient:
+    """Connections to all tokenizer processes and the requests that are under way.
+
+    Args:
+        links: one Channel client per tokenizer process.
+        engine: "name@revision" of the engine that requests go to.
+        prefix: begins every request id; unique to this process and this life of it.
+        max_live: sequences under way at which new requests are refused with `queue_full`. The scheduler's own limit on
+            waiting requests is exact; this one bounds this process's memory.
+        max_buffered: see MAX_BUFFERED_DELTAS.
+    """
+
+    def __init__(
+        self,
+        links: Sequence[Client[FromTokenizer]],
+        engine: str,
+        prefix: str,
+        *,
+        max_live: int,
+        max_buffered: int = MAX_BUFFERED_DELTAS,
+    ) -> None:
+        self.draining = False
+        self.live: dict[str, Live] = {}
+        self.num_live = 0  # sequences
+        self.num_tokens = 0  # output tokens seen, for statistics
+        self.num_requests = 0
+        self._links = list(links)
+        self._load = [0] * len(self._links)
+        self._engine = engine
+        self._prefix = prefix
+        self._max_live = max_live
+        self._max_buffered = max_buffered
+        self._draw = random.SystemRandom()
+
+    def start(self) -> None:
+        """Begin to read the sockets on the running event loop."""
+        loop = asyncio.get_running_loop()
+        for link, channel in enumerate(self._links):
+            loop.add_reader(channel.socket.getsockopt(zmq.FD), self._read, link)
+            loop.call_soon(self._read, link)
+
+    def stop(self) -> None:
+        """Stop reading; streams that are open fail."""
+        loop = asyncio.get_running_loop()
+        for channel in self._links:
+            loop.remove_reader(channel.socket.getsockopt(zmq.FD))
+        for live in list(self.live.values()):
+            live.stream.fail(QuireError("draining", "the server is stopping", None, RETRY_AFTER_S))
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        deadline_s: float | None = None,
+        want_text: bool = True,
+        want_prompt: bool = False,
+    ) -> Stream:
+        """Send one request per prompt, each for `sampling.n` choices. Use the answer with `async with`.
+
+        Without a seed each request draws its own here, so that a restart below draws the same tokens again.
+        Raises QuireError: draining, queue_full.
+        """
+        if self.draining:
+            raise QuireError("draining", "the server is stopping; send the request again", None, RETRY_AFTER_S)
+        if self.num_live + len(prompts) * sampling.n > self._max_live and self.num_live:
+            text = f"{self.num_live} sequences are running or waiting; try again later"
+            raise QuireError("queue_full", text, None, RETRY_AFTER_S)
+        stream = Stream(self, self._max_buffered)
+        arrival_s = time.monotonic()
+        try:
+            for index, prompt in enumerate(prompts):
+                self.num_requests += 1
+                seeded = sampling
+                if sampling.seed is None:
+                    seeded = msgspec.structs.replace(sampling, seed=self._draw.getrandbits(63))
+                request = Generate(
+                    request_id=f"{self._prefix}{self.num_requests}",
+                    engine=self._engine,
+                    prompt=prompt,
+                    sampling=seeded,
+                    priority=priority,
+                    cache_salt=cache_salt,
+                    arrival_s=arrival_s,
+                    deadline_s=deadline_s,
+                    want_text=want_text,
+                    want_prompt=want_prompt,
+                )
+                self._begin(Live(Journal(request), self._load.index(min(self._load)), stream, index))
+        except ChannelFull:
+            stream.close()
+            raise QuireError("queue_full", "the engine does not take requests now", None, RETRY_AFTER_S) from None
+        return stream
+
+    def abort(self, stream: Stream) -> None:
+        """Tell the tokenizers to free everything of a stream's open requests, now."""
+        for live in stream.requests:
+            request = live.journal.request
+            if self._end(request.request_id) is not None:
+                self._send_abort(live.link, request.request_id)
+
+    def _begin(self, live: Live) -> None:
+        request = live.journal.request
+        live.stream.requests.append(live)
+        live.stream.num_open += 1
+        self.live[request.request_id] = live
+        self.num_live += request.sampling.n
+        self._load[live.link] += request.sampling.n
+        self._links[live.link].send([request])
+        # Sending may take the socket's edge-triggered readiness with it: look again.
+        asyncio.get_running_loop().call_soon(self._read, live.link)
+
+    def _end(self, request_id: str) -> Live | None:
+        live = self.live.pop(request_id, None)
+        if live is not None:
+            count = live.journal.request.sampling.n
+            self.num_live -= count
+            self._load[live.link] -= count
+        return live
+
+    def _send_abort(self, link: int, request_id: str) -> None:
+        try:
+            self._links[link].send([Abort(request_id)])
+        except ChannelFull:
+            log.error("tokenizer-%d does not read: the abort of %s is lost", link, request_id)
+            return
+        asyncio.get_running_loop().call_soon(self._read, link)
+
+    def _read(self, link: int) -> None:
+        """Take the frames that are there; the rest of a long row of them after other tasks had their turn."""
+        for _ in range(MAX_FRAMES_PER_TURN):
+            try:
+                messages = self._links[link].receive(0)
+            except zmq.ZMQError:  # closed between the wake-up and this call
+                return
+            except msgspec.DecodeError:
+                log.exception("tokenizer-%d sent a malformed frame", link)
+                continue
+            if messages is None:
+                return
+            self._dispatch(link, messages)
+        asyncio.get_running_loop().call_soon(self._read, link)
+
+    def _dispatch(self, link: int, messages: list[FromTokenizer]) -> None:
+        for message in messages:
+            live = self.live.get(message.request_id)
+            if live is None:
+                # News of an aborted request may still be under way. A request of this process's former life is not
+                # known below to be dead: say so.
+                if not isinstance(message, Finished | Rejected | Failed) and not message.request_id.startswith(
+                    self._prefix
+                ):
+                    self._send_abort(link, message.request_id)
+                continue
+            match message:
+                case Delta():
+                    self._deliver(live, message)
+                case Started():
+                    live.stream.push(live.index, message)
+                case Finished(request_id):
+                    self._end(request_id)
+                    live.stream.push(live.index, message)
+                case Rejected(request_id, code, text, param, retry_after_s):
+                    self._end(request_id)
+                    live.stream.fail(QuireError(code, text, param, retry_after_s))
+                case Failed(request_id, code, text):
+                    self._end(request_id)
+                    live.stream.fail(QuireError(code, text))
+
+    def _deliver(self, live: Live, delta: Delta) -> None:
+        try:
+            fresh = live.journal.record(delta)
+        except ValueError as error:
+            log.error("%s: %s", delta.request_id, error)
+            live.stream.fail(QuireError("internal_error", f"the output of this request is incomplete: {error}"))
+            return
+        if fresh is not None:
+            self.num_tokens += len(fresh.token_ids)
+            live.stream.push(live.index, fresh)

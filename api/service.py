@@ -1,0 +1,37 @@
+"""Service: what every endpoint, of either door, needs; made once per api process."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Protocol
+
+import msgspec
+
+from api.engine_client import EngineClient
+from api.served import ServedModel
+from core.messages import StatsReply
+
+
+class Figures(Protocol):
+    """Where the server's state and everybody's statistics come from (the supervisor)."""
+
+    async def query(self) -> StatsReply:
+        """The latest snapshots of all processes. Raises QuireError when the supervisor does not answer."""
+        ...
+
+
+class Service(msgspec.Struct, frozen=True):
+    """The engine, the model, the figures, and the limits of the doors."""
+
+    engine: EngineClient
+    model: ServedModel
+    figures: Figures
+    version: str
+    max_body_bytes: int
+    strict_fields: bool = False
+    keep_alive_s: float = 15.0
+
+
+def to_json(value: Any) -> bytes:
+    """Figures as indented JSON, for people who look with curl."""
+    return json.dumps(value, indent=2).encode() + b"\n"
