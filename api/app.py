@@ -77,11 +77,11 @@ def _bound(endpoint: Endpoint, service: Service) -> Callable[[Request], Awaitabl
     return call
 
 
-def _quire_error(request: Request, error: Exception) -> ASGIApp:
+def _quire_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, QuireError)
     response = error_response(error)
     if error.code == "body_too_large":
-        return RefusedBody(response.status_code, response.raw_headers, bytes(response.body))
+        return RefusedBody(error_body(error), response.status_code)
     return response
 
 

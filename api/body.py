@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.engine_client import ClientGone
@@ -42,18 +43,16 @@ def _too_large(limit: int) -> QuireError:
     return QuireError("body_too_large", f"the body is larger than {limit} bytes (--max-body-bytes)")
 
 
-class RefusedBody:
+class RefusedBody(Response):
     """The answer to a body that is not read. What the client still sends is thrown away for a moment: closing at once
     would reset the connection, and many clients would never see the answer."""
 
-    def __init__(self, status: int, headers: list[tuple[bytes, bytes]], content: bytes) -> None:
-        self.status_code = status
-        self._headers = [*headers, (b"content-length", str(len(content)).encode()), (b"connection", b"close")]
-        self._content = content
+    def __init__(self, content: bytes, status: int) -> None:
+        super().__init__(content, status, {"connection": "close"}, "application/json")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self._headers})
-        await send({"type": "http.response.body", "body": self._content, "more_body": True})
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
         discarded = 0
         try:
             async with asyncio.timeout(_DISCARD_S):

@@ -20,6 +20,7 @@ from api.journal import Journal
 from core.channel import ChannelFull, Client
 from core.errors import QuireError
 from core.messages import Abort, Delta, Failed, Finished, FromTokenizer, Generate, Prompt, Rejected, Started
+from core.stats import ApiSnapshot
 from quire import SamplingParams
 
 log = logging.getLogger("quire.api")
@@ -116,9 +117,10 @@ class Stream:
 class Live:
     """A request under way: its journal, the tokenizer that has it, and the stream that reads it."""
 
-    __slots__ = ("index", "journal", "link", "stream")
+    __slots__ = ("index", "journal", "last_s", "link", "stream")
 
     def __init__(self, journal: Journal, link: int, stream: Stream, index: int) -> None:
+        self.last_s: list[float | None] = [None] * len(journal.choices)  # when each choice last had tokens
         self.journal = journal
         self.link = link
         self.stream = stream
@@ -149,8 +151,7 @@ class EngineClient:
         self.draining = False
         self.live: dict[str, Live] = {}
         self.num_live = 0  # sequences
-        self.num_tokens = 0  # output tokens seen, for statistics
-        self.num_requests = 0
+        self.counts = ApiSnapshot()
         self._links = list(links)
         self._load = [0] * len(self._links)
         self._engine = engine
@@ -199,12 +200,12 @@ class EngineClient:
         arrival_s = time.monotonic()
         try:
             for index, prompt in enumerate(prompts):
-                self.num_requests += 1
+                self.counts.requests += 1
                 seeded = sampling
                 if sampling.seed is None:
                     seeded = msgspec.structs.replace(sampling, seed=self._draw.getrandbits(63))
                 request = Generate(
-                    request_id=f"{self._prefix}{self.num_requests}",
+                    request_id=f"{self._prefix}{self.counts.requests}",
                     engine=self._engine,
                     prompt=prompt,
                     sampling=seeded,
@@ -221,11 +222,17 @@ class EngineClient:
             raise QuireError("queue_full", "the engine does not take requests now", None, RETRY_AFTER_S) from None
         return stream
 
+    def snapshot(self) -> ApiSnapshot:
+        """What the heartbeat carries."""
+        self.counts.live = len(self.live)
+        return self.counts
+
     def abort(self, stream: Stream) -> None:
         """Tell the tokenizers to free everything of a stream's open requests, now."""
         for live in stream.requests:
             request = live.journal.request
             if self._end(request.request_id) is not None:
+                self.counts.aborted += 1
                 self._send_abort(live.link, request.request_id)
 
     def _begin(self, live: Live) -> None:
@@ -271,6 +278,7 @@ class EngineClient:
         asyncio.get_running_loop().call_soon(self._read, link)
 
     def _dispatch(self, link: int, messages: list[FromTokenizer]) -> None:
+        now = time.monotonic()
         for message in messages:
             live = self.live.get(message.request_id)
             if live is None:
@@ -283,26 +291,37 @@ class EngineClient:
                 continue
             match message:
                 case Delta():
-                    self._deliver(live, message)
+                    self._deliver(live, message, now)
                 case Started():
                     live.stream.push(live.index, message)
                 case Finished(request_id):
                     self._end(request_id)
+                    self.counts.finished += 1
+                    self.counts.end_to_end.observe(now - live.journal.request.arrival_s)
                     live.stream.push(live.index, message)
                 case Rejected(request_id, code, text, param, retry_after_s):
                     self._end(request_id)
+                    self.counts.rejected += 1
                     live.stream.fail(QuireError(code, text, param, retry_after_s))
                 case Failed(request_id, code, text):
                     self._end(request_id)
+                    self.counts.failed += 1
                     live.stream.fail(QuireError(code, text))
 
-    def _deliver(self, live: Live, delta: Delta) -> None:
+    def _deliver(self, live: Live, delta: Delta, now: float) -> None:
         try:
             fresh = live.journal.record(delta)
         except ValueError as error:
             log.error("%s: %s", delta.request_id, error)
             live.stream.fail(QuireError("internal_error", f"the output of this request is incomplete: {error}"))
             return
-        if fresh is not None:
-            self.num_tokens += len(fresh.token_ids)
-            live.stream.push(live.index, fresh)
+        if fresh is None:
+            return
+        if count := len(fresh.token_ids):
+            last_s = live.last_s[fresh.choice]
+            if last_s is None:
+                self.counts.ttft.observe(now - live.journal.request.arrival_s)
+            else:
+                self.counts.inter_token.observe((now - last_s) / count, count)
+            live.last_s[fresh.choice] = now
+        live.stream.push(live.index, fresh)

@@ -15,6 +15,11 @@ from core.messages import StatsReply
 class Figures(Protocol):
     """Where the server's state and everybody's statistics come from (the supervisor)."""
 
+    @property
+    def progressing(self) -> bool:
+        """Whether the engine's loop turns, and steps end while there is work."""
+        ...
+
     async def query(self) -> StatsReply:
         """The latest snapshots of all processes. Raises QuireError when the supervisor does not answer."""
         ...

@@ -121,7 +121,7 @@ class ZmqServer:
         valid: list[quire.ClientMessage] = []
         for item in items:
             try:
-                valid.append(msgspec.convert(item, quire.ClientMessage))  # type: ignore[arg-type]
+                valid.append(msgspec.convert(item, quire.ClientMessage))
             except (msgspec.ValidationError, RecursionError, ValueError) as reason:
                 request_id = item.get("id") if isinstance(item, dict) else None
                 if isinstance(request_id, str) and request_id:
