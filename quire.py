@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -659,7 +659,7 @@ class AsyncClient:
         sampling: SamplingParams | None = None,
         timeout_s: float | None = None,
         **options: Any,
-    ) -> AsyncIterator[Tokens]:
+    ) -> AsyncGenerator[Tokens, None]:
         """Yield the Tokens as they come. Closing the iterator (`contextlib.aclosing`) or cancelling aborts."""
         request = _generate_request(model, prompt, messages, sampling, options)
         async with contextlib.aclosing(self._messages(request, timeout_s)) as all_messages:

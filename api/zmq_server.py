@@ -20,6 +20,7 @@ from api.routes.stats import stats_of
 from api.schema.chat import chat_prompt
 from api.schema.completions import check_token_ids
 from api.schema.models import model_card
+from api.schema.parse import explain
 from api.service import Service
 from core.errors import QuireError
 from core.messages import Delta, Finished, Prompt, Started, TextPrompt, TokensPrompt, TokenText
@@ -122,10 +123,10 @@ class ZmqServer:
         for item in items:
             try:
                 valid.append(msgspec.convert(item, quire.ClientMessage))
-            except (msgspec.ValidationError, RecursionError, ValueError) as reason:
+            except (msgspec.ValidationError, RecursionError) as reason:
                 request_id = item.get("id") if isinstance(item, dict) else None
                 if isinstance(request_id, str) and request_id:
-                    self._say(peer, quire.Error(id=request_id, code="invalid_type", message=str(reason)))
+                    self._say(peer, _malformed(request_id, reason))
                 else:
                     self._say(peer, _protocol_error(f"a message is malformed: {reason}"))
         return valid
@@ -314,6 +315,14 @@ def _public(request_id: str, event: Event) -> quire.ServerMessage:
 
 def _logprob(token: TokenText) -> quire.TokenLogprob:
     return quire.TokenLogprob(token.token_id, token.text, token.raw, token.logprob, token.rank, token.top)
+
+
+def _malformed(request_id: str, reason: Exception) -> quire.Error:
+    """The error of a request that can be named."""
+    if not isinstance(reason, msgspec.ValidationError):
+        return quire.Error(id=request_id, code="invalid_value", message="the request nests too deeply")
+    error = explain(reason)
+    return quire.Error(id=request_id, code=error.code, message=error.message, param=error.param)
 
 
 def _protocol_error(text: str) -> quire.Error:

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from api.schema.parse import check_unsupported, parse
+from api.schema.parse import check_unsupported, explain, parse
 from api.schema.sampling import NEUTRAL, GenerationFields, check_common, sampling_params
 from api.schema.usage import Usage
 from api.served import ServedModel
@@ -189,7 +189,7 @@ def chat_prompt(
     try:
         fields = msgspec.convert(raw, ChatBody)
     except msgspec.ValidationError as error:
-        raise QuireError("invalid_type", str(error), "messages") from None
+        raise explain(error) from None
     return _prompt(fields, raw)
 
 

@@ -51,7 +51,7 @@ def convert(raw: Any, kind: type[T], *, strict_fields: bool) -> tuple[T, dict[st
     try:
         return msgspec.convert(raw, kind), raw
     except msgspec.ValidationError as error:
-        raise _explain(str(error)) from None
+        raise explain(error) from None
 
 
 def check_unsupported(raw: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> None:
@@ -77,10 +77,11 @@ def _check_unknown(raw: dict[str, Any], kind: type[msgspec.Struct], strict: bool
             log.warning("ignored: unknown request field %r (said once; --strict-fields refuses it)", shown)
 
 
-def _explain(text: str) -> QuireError:
-    """msgspec's message as ours: its path becomes `param`, e.g. messages[1].content."""
+def explain(error: msgspec.ValidationError) -> QuireError:
+    """msgspec's error as ours: its path becomes `param`, e.g. messages[1].content."""
+    text = str(error)
     at = _AT.search(text)
-    path = at.group(1) if at else ""
+    path = at.group(1).replace("[...]", "") if at else ""  # a place in a map, which msgspec does not name
     what = text[: at.start()] if at else text
     code = "invalid_type"
     if what.startswith("Object missing required field"):
