@@ -152,7 +152,9 @@ def build(values: Mapping[str, Any]) -> Config:
         text = str(error)
         field = text.rsplit("$.", 1)[-1].rstrip("`") if "$." in text else text.split(":", 1)[0]
         given = f", got {values[field]!r}" if field in values else ""
-        raise QuireError("invalid_config", f"--{field.replace('_', '-')}: {text.split(' - at')[0]}{given}", field) from None
+        raise QuireError(
+            "invalid_config", f"--{field.replace('_', '-')}: {text.split(' - at')[0]}{given}", field
+        ) from None
 
 
 class _Hint:

@@ -17,7 +17,6 @@ import zmq
 from core.channel import ChannelFull, PeerGone, Server
 from core.messages import (
     Abort,
-    Batch,
     BatchResult,
     Failed,
     FromWorker,

@@ -239,6 +239,7 @@ class WorkerReady(Message, frozen=True):
     device: str = ""
     weights_bytes: int = 0
     kv_bytes: int = 0
+    ideal_step_tokens: int = 160  # where the device's GEMMs turn compute-bound (pacing)
 
 
 class TokenLogprobs(Message, frozen=True):

@@ -117,7 +117,9 @@ def _locate(model: str, revision: str | None) -> tuple[Path, str | None]:
     try:
         folder = Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=DOWNLOADED))
     except errors.RepositoryNotFoundError:
-        raise _invalid(f"the hub has no model {model!r} that you may read (HF_TOKEN gives access to gated ones)") from None
+        raise _invalid(
+            f"the hub has no model {model!r} that you may read (HF_TOKEN gives access to gated ones)"
+        ) from None
     except errors.RevisionNotFoundError:
         raise _invalid(f"the hub's {model} has no revision {revision!r}") from None
     except Exception as error:
