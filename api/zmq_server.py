@@ -9,6 +9,7 @@ import asyncio
 import functools
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -68,6 +69,7 @@ class ZmqServer:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a client that is gone is an error, not a silent drop
         self._socket.setsockopt(zmq.MAXMSGSIZE, quire.MAX_FRAME_BYTES)
         self._socket.bind(address)
+        self._address = address
 
     def start(self) -> None:
         """Begin to read on the running event loop."""
@@ -86,6 +88,8 @@ class ZmqServer:
         for peer in list(self._peers.values()):
             self._flush(peer)
         self._socket.close()
+        # ZeroMQ leaves the file; by now its own thread may still be closing the socket, which does not need it.
+        Path(self._address.removeprefix("ipc://")).unlink(missing_ok=True)
 
     # ------------------------------------------------------------------------------------------ receive
 

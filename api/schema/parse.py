@@ -86,12 +86,14 @@ def explain(error: msgspec.ValidationError) -> QuireError:
     code = "invalid_type"
     if what.startswith("Object missing required field"):
         code = "missing_field"
+    elif what.startswith("Object contains unknown field"):
+        code = "unknown_field"
     elif not what.startswith("Expected") or "of length" in what or "matching" in what:
         code = "invalid_value"
     field = _FIELD.search(what)
-    if code == "missing_field" and field is not None:
+    if code in ("missing_field", "unknown_field") and field is not None:
         path = f"{path}.{field.group(1)}" if path else field.group(1)
-        return QuireError(code, f"{path} is missing", path)
+        return QuireError(code, f"{path} is {'missing' if code == 'missing_field' else 'no field'}", path)
     sentence = what[:1].lower() + what[1:]
     return QuireError(code, f"{path}: {sentence}" if path else sentence, path or None)
 
