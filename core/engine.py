@@ -30,9 +30,9 @@ from core.messages import (
     WorkerFailed,
     WorkerReady,
 )
+from core.meter import StepMeter
 from core.process import Process, freeze_heap
-from core.scheduler import Scheduler
-from core.stats import EngineSnapshot, RateMeter
+from core.scheduler import Limits, Scheduler
 
 MAX_STEPS_IN_FLIGHT = 2  # one running, one waiting in the worker's socket
 
@@ -112,10 +112,10 @@ class Engine:
         self.tokenizers = tokenizers
         self.workers = workers
         self.scheduler: Scheduler | None = None
-        self.in_flight: deque[int] = deque()
+        self.in_flight: dict[int, float] = {}  # step -> when it was sent
         self.backlog: deque[tuple[str, Submit]] = deque()  # arrived before the workers were ready
         self.deadlines: list[tuple[float, str]] = []
-        self.meter = RateMeter()
+        self.meter = StepMeter()
         self.needs_reset = True
 
     def run(self) -> None:
@@ -183,9 +183,9 @@ class Engine:
             for message in frame[1]:
                 match message:
                     case BatchResult() if self.scheduler is not None and message.step in self.in_flight:
-                        self.in_flight.remove(message.step)
+                        sent_s = self.in_flight.pop(message.step)
                         outputs = self.scheduler.update(message)
-                        self.meter.step(message, outputs)
+                        self.meter.observe(message, sent_s, outputs)
                         news.append((message.step, outputs))
                     case WorkerReady():
                         self.register(message)
@@ -200,13 +200,14 @@ class Engine:
         self.in_flight.clear()
         self.needs_reset = True
         if self.scheduler is None:
-            self.scheduler = Scheduler.from_worker(ready, self.process.config, self.process.model)
-            self.process.ready(detail=_describe(self.workers.ready))
+            self.scheduler = make_scheduler(ready, self.process)
+            self.process.ready(detail=describe(self.workers.ready))
             while self.backlog:
                 self.admit(*self.backlog.popleft())
             freeze_heap()
         else:
             self.scheduler.reset_workers()
+            self.meter.worker_restarts += 1
 
     def fail_step(self, failure: WorkerFailed) -> None:
         """End the requests of a step that the workers could not run; everybody else goes on by recomputation."""
@@ -235,7 +236,7 @@ class Engine:
                 batch, engine=self.process.model.engine, sent_s=time.monotonic(), reset=self.needs_reset
             )
             self.needs_reset = False
-            self.in_flight.append(batch.step)
+            self.in_flight[batch.step] = batch.sent_s
             if not self.workers.broadcast(batch):
                 return
 
@@ -264,16 +265,27 @@ class Engine:
         """Statistics ride on the heartbeat, which comes from this loop and nowhere else."""
         if not self.process.control.due():
             return
-        scheduler = self.scheduler
-        snapshot = EngineSnapshot() if scheduler is None else self.meter.snapshot(scheduler.counters())
-        self.process.beat(snapshot)
+        self.process.beat(None if self.scheduler is None else self.meter.snapshot(self.scheduler))
 
 
 def _receive(server: Server[Any]) -> tuple[str, list[Any]] | None:
     return server.receive(0)
 
 
-def _describe(ranks: dict[int, WorkerReady]) -> str:
+def make_scheduler(ready: WorkerReady, process: Process) -> Scheduler:
+    """A scheduler for what the workers can hold."""
+    limits = Limits(
+        max_num_seqs=ready.max_num_seqs,
+        max_step_tokens=ready.max_step_tokens,
+        max_model_len=process.model.max_model_len,
+        ideal_step_tokens=ready.ideal_step_tokens,
+    )
+    caching = process.config.prefix_caching
+    return Scheduler(limits, ready.kv_specs, ready.num_blocks, ready.block_size, process.model.engine, caching)
+
+
+def describe(ranks: dict[int, WorkerReady]) -> str:
+    """The engine in a line, for the start-up table."""
     ready = ranks[0]
     tokens = min(count * ready.block_size for count in ready.num_blocks)
     return f"{len(ranks)} worker(s) on {ready.device}, {tokens:,} KV tokens in blocks of {ready.block_size}"

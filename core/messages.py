@@ -392,7 +392,7 @@ FromTokenizer = Started | Delta | Finished | Rejected | Failed
 
 
 class Ready(Message, frozen=True):
-    """A process can do its work. `detail` is a short line for the start-up table; `facts` feed status and /v1/models."""
+    """A process can do its work. `detail`: a line for the start-up table; `facts` feed status and /v1/models."""
 
     process: str
     pid: int
@@ -417,7 +417,10 @@ class StatsQuery(Message, frozen=True):
 
 
 class StatsReply(Message, frozen=True):
-    """`snapshots`: process name -> msgpack of core.stats.Snapshot; `state`: "loading", "ready", "draining", "failed"."""
+    """`snapshots`: process name -> msgpack of a core.stats.Snapshot.
+
+    `state`: "loading", "ready", "draining" or "failed".
+    """
 
     query_id: int
     state: str

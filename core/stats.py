@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -151,7 +151,7 @@ def merge(snapshots: Iterable[S]) -> S | None:
 
 
 def _added(one: S, two: S) -> S:
-    changes = {}
+    changes: dict[str, Any] = {}
     for field in msgspec.structs.fields(one):
         a, b = getattr(one, field.name), getattr(two, field.name)
         if isinstance(a, Histogram):

@@ -264,4 +264,3 @@ class Supervisor:
                 if child.process.poll() is None:
                     child.process.kill()
                 child.process.wait()
-
