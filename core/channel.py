@@ -75,13 +75,13 @@ class Server(Generic[T]):
 
     async def areceive(self) -> tuple[str, list[T]]:
         """As `receive`, on a zmq.asyncio context."""
-        name, payload = await self.socket.recv_multipart()  # type: ignore[misc]
+        name, payload = await self.socket.recv_multipart()
         return name.decode(), self._decoder.decode(payload)
 
     async def asend(self, peer: str, messages: list[Any]) -> None:
         """As `send`, on a zmq.asyncio context."""
         try:
-            await self.socket.send_multipart([peer.encode(), _encoder.encode(messages)], zmq.NOBLOCK)  # type: ignore[misc]
+            await self.socket.send_multipart([peer.encode(), _encoder.encode(messages)], zmq.NOBLOCK)
         except zmq.Again as error:
             raise ChannelFull(peer) from error
         except zmq.ZMQError as error:
@@ -117,12 +117,12 @@ class Client(Generic[T]):
 
     async def areceive(self) -> list[T]:
         """As `receive`, on a zmq.asyncio context."""
-        return self._decoder.decode(await self.socket.recv())  # type: ignore[misc]
+        return self._decoder.decode(await self.socket.recv())
 
     async def asend(self, messages: list[Any]) -> None:
         """As `send`, on a zmq.asyncio context."""
         try:
-            await self.socket.send(_encoder.encode(messages), zmq.NOBLOCK)  # type: ignore[misc]
+            await self.socket.send(_encoder.encode(messages), zmq.NOBLOCK)
         except zmq.Again as error:
             raise ChannelFull("server") from error
 

@@ -33,7 +33,7 @@ class StepMeter:
                 self._endings.append(now)
 
     def drain_s(self, num_waiting: int) -> float:
-        """Seconds until a queue of `num_waiting` has drained at the rate of the last endings; at least 1, at most 60."""
+        """Seconds until a queue of `num_waiting` drains at the rate of the last endings; between 1 and 60."""
         if len(self._endings) < 2:
             return 1.0
         rate = (len(self._endings) - 1) / max(1e-3, time.monotonic() - self._endings[0])

@@ -6,6 +6,7 @@ the slowest), then tokenizers; api processes come with them and answer "loading"
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -196,10 +197,8 @@ class Supervisor:
         return {"pid.supervisor": os.getpid(), "restarts": restarts, **self.facts, **pids}
 
     def _send(self, peer: str, message: Any) -> None:
-        try:
+        with contextlib.suppress(PeerGone, ChannelFull):  # its death is seen by _watch
             self._server.send(peer, [message])
-        except (PeerGone, ChannelFull):
-            pass  # its death is seen by _watch
 
     def _watch(self) -> None:
         """Notice what died or hangs."""
