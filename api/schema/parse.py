@@ -16,6 +16,7 @@ log = logging.getLogger("quire.api")
 T = TypeVar("T", bound=msgspec.Struct)
 
 MAX_DEPTH = 64  # of nested arrays and objects; a tool's JSON schema rarely needs 20
+_CONTAINERS = {dict, list}
 _warned: set[str] = set()
 _MAX_WARNED = 1000  # field names are the client's: what is remembered of them is bounded
 
@@ -106,7 +107,7 @@ def _depth_exceeds(value: Any, limit: int) -> bool:
         for item in level:
             if isinstance(item, dict):
                 inner += [child for child in item.values() if isinstance(child, dict | list)]
-            elif item and isinstance(item[0], dict | list | str):  # a list of token ids holds no containers
+            elif not _CONTAINERS.isdisjoint(map(type, item)):  # a long list of token ids is passed over quickly
                 inner += [child for child in item if isinstance(child, dict | list)]
         if not inner:
             return False
