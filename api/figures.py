@@ -31,6 +31,7 @@ class SupervisorFigures:
     """
 
     def __init__(self, process: Process, snapshot: Callable[[], Any], on_shutdown: Callable[[], None]) -> None:
+        self.state = "loading"
         self.progressing = True
         self._process = process
         self._snapshot = snapshot
@@ -59,7 +60,8 @@ class SupervisorFigures:
 
     async def query(self) -> StatsReply:
         """The latest snapshots. Raises QuireError("engine_failed") when the supervisor does not answer."""
-        if self._reply is not None and time.monotonic() - self._reply_s < FRESH_S:
+        # While the server starts every query asks anew: nobody is told "loading" after it has said "ready".
+        if self._reply is not None and self.state == "ready" and time.monotonic() - self._reply_s < FRESH_S:
             return self._reply
         future: asyncio.Future[StatsReply] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
@@ -80,6 +82,7 @@ class SupervisorFigures:
 
     def _take(self, reply: StatsReply) -> None:
         self._reply, self._reply_s = reply, time.monotonic()
+        self.state = reply.state
         self._note_progress(reply)
         for future in self._waiting:
             if not future.done():

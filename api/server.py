@@ -1,7 +1,7 @@
 """The api process: both doors on one event loop. Never imports torch.
 
-`python -P -m api.server --run-dir DIR --name api-I --fd N`: N is an inherited listening socket, the same for all api
-processes; api-0 also binds the ZeroMQ door.
+`python -P -m api.server --run-dir DIR --name api-I [--fd N]`: N is an inherited listening socket, the same for all api
+processes; without one there is no HTTP. api-0 also binds the ZeroMQ door.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def served_model(model: ModelInfo, name: str) -> ServedModel:
     )
 
 
-async def serve(process: Process, listening: socket.socket) -> None:
+async def serve(process: Process, listening: socket.socket | None) -> None:
     """Answer until the supervisor asks for the end; running answers may finish within drain_timeout_s."""
     config = process.config
     context: zmq.Context[Any] = zmq.Context()
@@ -71,9 +71,12 @@ async def serve(process: Process, listening: socket.socket) -> None:
     )
     http = HttpServer(make_app(service), config.drain_timeout_s)
 
+    stopped = asyncio.Event()
+
     def stop() -> None:
         engine.draining = True
         http.should_exit = True
+        stopped.set()
 
     engine.start()
     door = None
@@ -81,10 +84,12 @@ async def serve(process: Process, listening: socket.socket) -> None:
         door = ZmqServer(context, client_address(process), service)
         door.start()
     beating = asyncio.create_task(figures.run())
-    process.ready(detail="HTTP and ZeroMQ" if door is not None else "HTTP")
+    process.ready(detail=" and ".join(["HTTP"] * (listening is not None) + ["ZeroMQ"] * (door is not None)))
     freeze_heap()
     try:
-        await http.run_on(listening)
+        if listening is not None:
+            await http.run_on(listening)
+        await stopped.wait()
         await _drained(engine, config.drain_timeout_s)
     finally:
         beating.cancel()
@@ -116,11 +121,11 @@ def main() -> None:
     """Entry point of an api process."""
     process = Process.start("api")
     parser = argparse.ArgumentParser()
-    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--fd", type=int, default=None)
     fd = parser.parse_known_args()[0].fd
     logging.basicConfig(level=process.config.log_level.upper())
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    listening = socket.socket(fileno=fd)
+    listening = None if fd is None else socket.socket(fileno=fd)
     try:
         uvloop.run(serve(process, listening))
     finally:

@@ -9,11 +9,17 @@ import msgspec
 
 from api.engine_client import EngineClient
 from api.served import ServedModel
+from core.errors import QuireError
 from core.messages import StatsReply
 
 
 class Figures(Protocol):
     """Where the server's state and everybody's statistics come from (the supervisor)."""
+
+    @property
+    def state(self) -> str:
+        """The server's state as last heard: "loading", "ready", "draining", "failed"."""
+        ...
 
     @property
     def progressing(self) -> bool:
@@ -35,6 +41,11 @@ class Service(msgspec.Struct, frozen=True):
     max_body_bytes: int
     strict_fields: bool = False
     keep_alive_s: float = 15.0
+
+    async def check_ready(self) -> None:
+        """Refuse work while the engine starts, or comes back after a death. Raises QuireError("loading")."""
+        if self.figures.state != "ready" and (await self.figures.query()).state == "loading":
+            raise QuireError("loading", "the model is being loaded; try again soon", None, 1.0)
 
 
 def to_json(value: Any) -> bytes:

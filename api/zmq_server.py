@@ -215,6 +215,7 @@ class ZmqServer:
             raise QuireError("invalid_value", "priority must fit in 32 bits", "priority")
         if message.timeout_s is not None and not 0 < message.timeout_s < 1e9:
             raise QuireError("invalid_value", f"timeout_s: {message.timeout_s!r} must be above 0", "timeout_s")
+        await service.check_ready()
         stream = service.engine.generate(
             [self._prompt(message)],
             sampling,

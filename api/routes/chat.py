@@ -27,6 +27,7 @@ async def chat_completions(service: Service, request: Request) -> ASGIApp:
     """Answer a conversation, as one JSON object or as a stream of chunks."""
     body = await read_body(request, service.max_body_bytes)
     chat = chat_request(body, service.model, strict_fields=service.strict_fields)
+    await service.check_ready()
     stream = service.engine.generate(
         [chat.prompt],
         chat.sampling,

@@ -33,6 +33,7 @@ async def completions(service: Service, request: Request) -> ASGIApp:
     """Continue one prompt or several, as one JSON object or as a stream of chunks."""
     body = await read_body(request, service.max_body_bytes)
     asked = completion_request(body, service.model, strict_fields=service.strict_fields)
+    await service.check_ready()
     stream = service.engine.generate(
         asked.prompts,
         asked.sampling,

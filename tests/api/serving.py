@@ -159,6 +159,7 @@ class FakeFigures:
     """What the supervisor would answer."""
 
     def __init__(self) -> None:
+        self.state = "ready"
         self.progressing = True
         self.reply = StatsReply(1, "ready", {}, {})
 

@@ -451,6 +451,23 @@ def test_models_version_health(url: str, pair: tuple[Doors, FakeTokenizer]) -> N
         figures.progressing = True
 
 
+def test_loading(url: str, pair: tuple[Doors, FakeTokenizer]) -> None:
+    figures = pair[0].figures
+    before = figures.reply
+    figures.state, figures.reply = "loading", StatsReply(1, "loading", {})
+    try:
+        answer = post(url, "/v1/completions", {"prompt": "a"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "loading")
+        assert answer.headers["retry-after"] == "1"
+        ready = httpx.get(url + "/health/ready")
+        assert (ready.status_code, ready.json()["state"], ready.headers["retry-after"]) == (503, "loading", "1")
+        assert httpx.get(url + "/health/live").status_code == 200
+        figures.reply = before  # the last word was "loading", but by now it is not true: asked anew
+        assert post(url, "/v1/completions", {"prompt": "a"}).status_code == 200
+    finally:
+        figures.state, figures.reply = "ready", before
+
+
 def test_stats_and_metrics(url: str, pair: tuple[Doors, FakeTokenizer]) -> None:
     import msgspec
 

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ MODEL = ModelInfo("/m", "tiny-chat", "r1", "llama", [], 4096, 2048, [3])
 
 
 class Supervisor:
-    """Starts the process and answers its control messages while it waits for something."""
+    """Starts the process, and answers its control messages on a thread."""
 
     def __init__(self, folder: Path) -> None:
         (folder / "config.json").write_bytes(Config(drain_timeout_s=5).to_json())
@@ -45,22 +46,37 @@ class Supervisor:
             pass_fds=[listening.fileno()],
         )
         listening.close()
+        self.orders: list[Any] = []
+        self.closing = False
+        self.thread = threading.Thread(target=self._answer, daemon=True)
+        self.thread.start()
 
-    def until(self, kind: type[Any], within_s: float = 10) -> Any:
-        deadline = time.monotonic() + within_s
-        while time.monotonic() < deadline:
-            frame = self.server.receive(0.05)
+    def _answer(self) -> None:
+        while not self.closing:
+            frame = self.server.receive(0.02)
             for message in frame[1] if frame is not None else []:
                 self.seen.append(message)
                 if isinstance(message, StatsQuery):
                     self.server.send("api-0", [StatsReply(message.query_id, "ready", {})])
+            while self.orders:
+                self.server.send("api-0", [self.orders.pop()])
+
+    def until(self, kind: type[Any], within_s: float = 10) -> Any:
+        """Take the oldest unread message of a kind."""
+        deadline = time.monotonic() + within_s
+        while time.monotonic() < deadline:
+            for message in list(self.seen):
+                self.seen.remove(message)
                 if isinstance(message, kind):
                     return message
-        raise AssertionError(f"no {kind.__name__}; seen: {self.seen}")
+            time.sleep(0.01)
+        raise AssertionError(f"no {kind.__name__}")
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
+        self.closing = True
+        self.thread.join()
         self.server.close()
 
 
@@ -88,7 +104,7 @@ def test_the_process(folder: Path) -> None:
         with httpx.stream("POST", supervisor.url + "/v1/completions", json={**body, "stream": True}) as answer:
             chunks = answer.iter_text()
             text = next(chunks)
-            supervisor.server.send("api-0", [Shutdown("end of the test")])
+            supervisor.orders.append(Shutdown("end of the test"))
             text += "".join(chunks)
         assert text.endswith("data: [DONE]\n\n")
         assert supervisor.process.wait(5) == 0
