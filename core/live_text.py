@@ -1,0 +1,153 @@
+"""LiveText: one request on its way through the tokenizer: its choices' texts, their endings, and usage."""
+
+from __future__ import annotations
+
+from core.detokenizer import Detokenizer, new_detokenizer
+from core.messages import Delta, Finished, Generate, SequenceOutput, TokenLogprobs, TokenText
+from core.stop_strings import StopStrings
+from core.text_codec import TextCodec
+
+
+class ChoiceText:
+    """One choice: ids in, text out, up to its end."""
+
+    __slots__ = ("detokenizer", "done", "num_tokens", "stops")
+
+    def __init__(self, detokenizer: Detokenizer, stops: StopStrings | None) -> None:
+        self.detokenizer = detokenizer
+        self.stops = stops
+        self.num_tokens = 0
+        self.done = False
+
+    def push(self, token_id: int) -> str:
+        """The text that a token adds for the client; sets stops.hit at a stop string."""
+        text = self.detokenizer.push(token_id)
+        return text if self.stops is None else self.stops.push(text)
+
+    def flush(self) -> str:
+        """What was held back, at an end that no stop string made."""
+        text = self.detokenizer.flush()
+        if self.stops is None:
+            return text
+        shown = self.stops.push(text)
+        return shown if self.stops.hit is not None else shown + self.stops.flush()
+
+
+class LiveText:
+    """A request under way. `take` turns the scheduler's news of a choice into the client's."""
+
+    __slots__ = (
+        "cached_tokens", "choices", "codec", "num_open", "peer", "prompt_ids", "prompt_seen", "request_id",
+        "sampling", "stop_hits",
+    )  # fmt: skip
+
+    def __init__(self, peer: str, generate: Generate, prompt_ids: list[int], codec: TextCodec) -> None:
+        self.peer = peer
+        self.request_id = generate.request_id
+        self.sampling = generate.sampling
+        self.prompt_ids = prompt_ids
+        self.prompt_seen = 0
+        self.codec = codec
+        self.cached_tokens = 0
+        self.stop_hits = 0
+        self.choices = [self._new_choice() for _ in range(generate.sampling.n)]
+        self.num_open = generate.sampling.n
+        if generate.resume:
+            self._replay(generate)
+
+    def _new_choice(self) -> ChoiceText:
+        sampling = self.sampling
+        stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output) if sampling.stop else None
+        return ChoiceText(new_detokenizer(self.codec, sampling.skip_special_tokens), stops)
+
+    def _replay(self, generate: Generate) -> None:
+        """Bring the choices to where they were; the client has that text already."""
+        resumed = {progress.choice: progress.output_ids for progress in generate.resume}
+        for index, choice in enumerate(self.choices):
+            if index not in resumed:
+                choice.done = True
+                self.num_open -= 1
+                continue
+            for token_id in resumed[index]:
+                choice.push(token_id)
+            choice.num_tokens = len(resumed[index])
+
+    def take(self, output: SequenceOutput) -> tuple[Delta | None, bool]:
+        """The client's news, and whether a stop string ended the choice (the scheduler must be told).
+
+        None for news of a choice that has ended: tokens after a stop string are dropped and not counted.
+        """
+        choice = self.choices[output.choice]
+        if choice.done:
+            return None, False
+        self.cached_tokens = self.cached_tokens or output.cached_tokens
+        token_ids = output.token_ids
+        finish_reason: str | None = output.finish_reason
+        stop_reason: str | int | None = output.stop_reason
+        # A token that ends the sequence is not text, unless asked for.
+        silent = len(token_ids) - 1 if finish_reason == "stop" and not self.sampling.include_stop_str_in_output else -1
+        text = ""
+        stopped = False
+        for i, token_id in enumerate(token_ids):
+            if i == silent:
+                break
+            text += choice.push(token_id)
+            if choice.stops is not None and choice.stops.hit is not None:
+                token_ids = token_ids[: i + 1]
+                stopped = output.finish_reason is None or len(token_ids) < len(output.token_ids)
+                finish_reason, stop_reason = "stop", choice.stops.hit
+                break
+        if finish_reason is not None:
+            if choice.stops is None or choice.stops.hit is None:
+                text += choice.flush()
+                if choice.stops is not None and choice.stops.hit is not None:
+                    finish_reason, stop_reason = "stop", choice.stops.hit
+            choice.done = True
+            self.num_open -= 1
+            self.stop_hits += stopped
+        first = choice.num_tokens
+        choice.num_tokens += len(token_ids)
+        return (
+            Delta(
+                self.request_id,
+                output.choice,
+                first,
+                text,
+                token_ids,
+                self._logprobs(token_ids, output.logprobs),
+                finish_reason,
+                stop_reason,
+                self._prompt_logprobs(output.prompt_logprobs),
+                output.epoch,
+            ),
+            stopped and output.finish_reason is None,
+        )
+
+    def finished(self) -> Finished:
+        """The ending, once num_open is 0."""
+        total = sum(choice.num_tokens for choice in self.choices)
+        return Finished(self.request_id, len(self.prompt_ids), total, self.cached_tokens)
+
+    def _logprobs(self, token_ids: list[int], logprobs: list[TokenLogprobs]) -> list[TokenText]:
+        if not logprobs:
+            return []
+        return [self._token(token_id, entry) for token_id, entry in zip(token_ids, logprobs, strict=False)]
+
+    def _prompt_logprobs(self, logprobs: list[TokenLogprobs]) -> list[TokenText | None]:
+        if not logprobs:
+            return []
+        tokens: list[TokenText | None] = [] if self.prompt_seen else [None]
+        for entry in logprobs:
+            self.prompt_seen += 1
+            tokens.append(self._token(self.prompt_ids[self.prompt_seen], entry))
+        return tokens
+
+    def _token(self, token_id: int, entry: TokenLogprobs) -> TokenText:
+        codec = self.codec
+        top = [
+            (other, codec.token_text(other), codec.token_bytes(other), logprob)
+            for other, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)
+        ]
+        return TokenText(
+            token_id, codec.token_text(token_id), codec.token_bytes(token_id), entry.logprob, entry.rank, top
+        )

@@ -1,0 +1,306 @@
+"""The tokenizer process: requests to token ids on the way down, token ids to text on the way up.
+
+It ends choices by text rules (stop strings) and makes the ending that the client sees. Long texts are encoded in a
+thread (the library releases the interpreter), so that nobody's stream waits for somebody's long prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from core.channel import ChannelFull, Client, PeerGone, Server
+from core.chat_template import ChatTemplate
+from core.errors import QuireError
+from core.live_text import LiveText
+from core.messages import (
+    Abort,
+    ChatPrompt,
+    Failed,
+    FromScheduler,
+    FromTokenizer,
+    Generate,
+    Rejected,
+    Started,
+    StepOutput,
+    Stop,
+    Submit,
+    TextPrompt,
+    TokenSegment,
+    TokensPrompt,
+    ToTokenizer,
+)
+from core.model_info import ModelInfo
+from core.process import Process, freeze_heap
+from core.stats import TokenizerSnapshot
+from core.text_codec import TextCodec
+
+LONG_TEXT = 16_384  # characters; some 3 ms to encode
+
+
+class Requests:
+    """What is under way, by id; and how a Generate becomes a Submit."""
+
+    def __init__(self, model: ModelInfo, codec: TextCodec, template: ChatTemplate | None) -> None:
+        self.model = model
+        self.codec = codec
+        self.template = template
+        self.live: dict[str, LiveText] = {}
+        self.snapshot = TokenizerSnapshot()
+
+    def text_of(self, generate: Generate) -> tuple[str, bool] | None:
+        """The text to encode and whether to add special tokens; None for a prompt of token ids.
+
+        Raises QuireError when the chat template refuses the messages.
+        """
+        match generate.prompt:
+            case TextPrompt(text):
+                return text, True
+            case ChatPrompt() as chat:
+                if self.template is None:
+                    text = f"{self.model.name} has no chat template; use /v1/completions"
+                    raise QuireError("unsupported", text, "messages")
+                extra = json.loads(chat.template_kwargs) if chat.template_kwargs else None
+                rendered = self.template.render(
+                    json.loads(chat.messages),
+                    json.loads(chat.tools) if chat.tools else None,
+                    chat.add_generation_prompt,
+                    chat.continue_final_message,
+                    extra,
+                )
+                return rendered, False
+            case TokensPrompt():
+                return None
+
+    def begin(self, peer: str, generate: Generate, prompt_ids: list[int]) -> tuple[Started, Submit]:
+        """Check the tokenized prompt and take the request up. Raises QuireError."""
+        field = "messages" if isinstance(generate.prompt, ChatPrompt) else "prompt"
+        self._check(prompt_ids, generate, field)
+        room = self.model.max_model_len - len(prompt_ids)
+        sampling = generate.sampling
+        if sampling.max_tokens is None:
+            sampling = msgspec.structs.replace(sampling, max_tokens=room)
+        self.live[generate.request_id] = LiveText(peer, generate, prompt_ids, self.codec)
+        self.snapshot.encoded_tokens += len(prompt_ids)
+        submit = Submit(
+            generate.request_id,
+            generate.engine,
+            [TokenSegment(prompt_ids)],
+            sampling,
+            [] if sampling.ignore_eos else self.model.eos_ids,
+            generate.priority,
+            ["salt", generate.cache_salt] if generate.cache_salt else [],
+            generate.arrival_s,
+            generate.deadline_s,
+            0,
+            generate.epoch,
+            generate.resume,
+        )
+        started = Started(generate.request_id, len(prompt_ids))
+        if generate.want_prompt:
+            text = (
+                generate.prompt.text
+                if isinstance(generate.prompt, TextPrompt)
+                else self.codec.decode(prompt_ids, False)
+            )
+            started = Started(generate.request_id, len(prompt_ids), prompt_ids, text)
+        return started, submit
+
+    def _check(self, prompt_ids: list[int], generate: Generate, field: str) -> None:
+        limit = self.model.max_model_len
+        if not prompt_ids:
+            raise QuireError("invalid_value", f"{field}: the prompt is empty; give at least one token", field)
+        most = max(prompt_ids)
+        if min(prompt_ids) < 0 or most >= self.model.vocab_size:
+            text = f"{field}: token id {most if most > 0 else min(prompt_ids)} is not in the vocabulary"
+            raise QuireError("invalid_value", f"{text} of {self.model.vocab_size} tokens", field)
+        wanted = generate.sampling.max_tokens
+        if len(prompt_ids) >= limit or (wanted is not None and len(prompt_ids) + wanted > limit):
+            asked = f" and max_tokens asks for {wanted} more" if wanted is not None else ""
+            text = f"{field}: the prompt has {len(prompt_ids)} tokens{asked}; {self.model.name} takes {limit} in all"
+            raise QuireError("context_length_exceeded", text + "; shorten the prompt or lower max_tokens", field)
+
+
+class TokenizerProcess:
+    """The loop: receive, encode, hand down; receive, decode, hand up."""
+
+    def __init__(self, process: Process, requests: Requests, apis: Server[Any], scheduler: Client[Any]) -> None:
+        self.process = process
+        self.requests = requests
+        self.apis = apis
+        self.scheduler = scheduler
+        self.pool = ThreadPoolExecutor(1, "encode")
+        self.encoding: set[str] = set()
+        self.done: deque[Callable[[], None]] = deque()
+        self.wake = os.eventfd(0, os.EFD_NONBLOCK)
+
+    def run(self) -> None:
+        """Until the supervisor asks for the end."""
+        poller = zmq.Poller()
+        for socket in (self.apis.socket, self.scheduler.socket, self.process.control.socket, self.wake):
+            poller.register(socket, zmq.POLLIN)
+        while not self.process.stopping:
+            poller.poll(500)
+            self.hand_up()
+            self.hand_down()
+            self.process.poll_control()
+            if self.process.control.due():
+                self.requests.snapshot.live = len(self.requests.live)
+                self.process.beat(self.requests.snapshot)
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    # ------------------------------------------------------------------------------------------ down
+
+    def hand_down(self) -> None:
+        """Take what the api processes have sent, and prompts whose encoding is done."""
+        while (frame := self.apis.receive(0)) is not None:
+            peer, messages = frame
+            for message in messages:
+                match message:
+                    case Generate():
+                        self.generate(peer, message)
+                    case Abort(request_id):
+                        self.abort(request_id)
+        if self.done:
+            os.eventfd_read(self.wake)
+            while self.done:
+                self.done.popleft()()
+
+    def generate(self, peer: str, generate: Generate) -> None:
+        """Encode a request's prompt here, or in the thread when it is long."""
+        try:
+            asked = self.requests.text_of(generate)
+            if asked is None:
+                assert isinstance(generate.prompt, TokensPrompt)
+                self.submit(peer, generate, generate.prompt.ids)
+            elif len(asked[0]) < LONG_TEXT:
+                self.submit(peer, generate, self.requests.codec.encode(*asked))
+            else:
+                self.encode_aside(peer, generate, *asked)
+        except QuireError as error:
+            self.reject(peer, generate.request_id, error)
+
+    def encode_aside(self, peer: str, generate: Generate, text: str, special_tokens: bool) -> None:
+        """Encode in the thread; the loop goes on and submits when it is done."""
+        # No token is longer than some bytes: a text far beyond the model's length need not be encoded to be refused.
+        self.encoding.add(generate.request_id)
+
+        def encode() -> None:
+            ids = self.requests.codec.encode(text, special_tokens)
+            self.done.append(lambda: self.encoded(peer, generate, ids))
+            os.eventfd_write(self.wake, 1)
+
+        self.pool.submit(encode)
+
+    def encoded(self, peer: str, generate: Generate, ids: list[int]) -> None:
+        """A prompt is back from the thread."""
+        if generate.request_id not in self.encoding:
+            return  # aborted meanwhile
+        self.encoding.discard(generate.request_id)
+        try:
+            self.submit(peer, generate, ids)
+        except QuireError as error:
+            self.reject(peer, generate.request_id, error)
+
+    def submit(self, peer: str, generate: Generate, ids: list[int]) -> None:
+        """Tell the client that it began, and the scheduler to begin."""
+        started, submit = self.requests.begin(peer, generate, ids)
+        try:
+            self.scheduler.send([submit])
+        except ChannelFull:
+            del self.requests.live[generate.request_id]
+            raise QuireError("queue_full", "the scheduler does not take requests now", None, 1.0) from None
+        self.send(peer, [started])
+
+    def reject(self, peer: str, request_id: str, error: QuireError) -> None:
+        """An ending before the beginning."""
+        self.send(peer, [Rejected(request_id, error.code, error.message, error.param, error.retry_after_s)])
+
+    def abort(self, request_id: str) -> None:
+        """The client went away."""
+        self.encoding.discard(request_id)
+        if self.requests.live.pop(request_id, None) is not None:
+            self.scheduler.send([Abort(request_id)])
+
+    # ------------------------------------------------------------------------------------------ up
+
+    def hand_up(self) -> None:
+        """Take what the scheduler has sent; each api process gets one frame per frame taken."""
+        while (frame := self.scheduler.receive(0)) is not None:
+            news: dict[str, list[FromTokenizer]] = {}
+            stops: list[Stop] = []
+            for message in frame:
+                match message:
+                    case StepOutput():
+                        self.decode(message, news, stops)
+                    case Rejected() | Failed():
+                        live = self.requests.live.pop(message.request_id, None)
+                        if live is not None:
+                            news.setdefault(live.peer, []).append(message)
+            if stops:
+                self.scheduler.send(stops)
+            for peer, messages in news.items():
+                self.send(peer, messages)
+
+    def decode(self, step: StepOutput, news: dict[str, list[FromTokenizer]], stops: list[Stop]) -> None:
+        """A step's tokens to text."""
+        requests = self.requests.live
+        decoded = 0
+        for output in step.outputs:
+            live = requests.get(output.request_id)
+            if live is None:
+                continue  # aborted; the scheduler knows by now
+            decoded += len(output.token_ids)
+            delta, stopped = live.take(output)
+            if delta is None:
+                continue
+            if stopped:
+                stops.append(Stop(output.request_id, output.choice))
+            mine = news.setdefault(live.peer, [])
+            mine.append(delta)
+            if live.num_open == 0:
+                mine.append(live.finished())
+                self.requests.snapshot.stop_hits += live.stop_hits
+                del requests[output.request_id]
+        self.requests.snapshot.decoded_tokens += decoded
+
+    def send(self, peer: str, messages: list[FromTokenizer]) -> None:
+        """Hand news to an api process; one that is gone, or does not read, has its requests aborted."""
+        try:
+            self.apis.send(peer, messages)
+        except (PeerGone, ChannelFull):
+            for request_id in [key for key, live in self.requests.live.items() if live.peer == peer]:
+                self.abort(request_id)
+
+
+def main() -> None:
+    """Entry point of a tokenizer process."""
+    began = time.monotonic()
+    process = Process.start("tokenizer")
+    folder = Path(process.model.path)
+    requests = Requests(process.model, TextCodec(folder), ChatTemplate.load(folder))
+    context: zmq.Context[Any] = zmq.Context()
+    apis: Server[Any] = Server(context, process.address(process.name), ToTokenizer)
+    scheduler: Client[Any] = Client(context, process.address("scheduler"), FromScheduler, name=process.name)
+    process.ready(f"{requests.codec.num_ids:,} tokens", {"load": time.monotonic() - began})
+    freeze_heap()
+    try:
+        TokenizerProcess(process, requests, apis, scheduler).run()
+    finally:
+        apis.close()
+        scheduler.close()
+        context.term()
+        process.finish()
+
+
+if __name__ == "__main__":
+    main()
