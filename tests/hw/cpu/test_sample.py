@@ -112,7 +112,8 @@ def allowed(values: list[float], row: Row) -> set[int]:
         order = order[: row.top_k]
     weights = [math.exp((values[token] - values[order[0]]) / row.temperature) for token in order]
     total = sum(weights)
-    kept, cumulated = set(), 0.0
+    kept: set[int] = set()
+    cumulated = 0.0
     for token, weight in zip(order, weights, strict=True):
         if row.top_p < 1 and cumulated >= row.top_p and kept:
             break
