@@ -52,10 +52,10 @@ def make_app(service: Service, *, keys: Sequence[str] = ()) -> Starlette:
         routes=[Route(path, _bound(endpoint, service), methods=[method]) for method, path, endpoint in ROUTES],
         middleware=[Middleware(Gate, keys=keys)],
         exception_handlers={
-            QuireError: _quire_error,
-            HTTPException: _http_error,
+            QuireError: _answering(service, _as_it_is),
+            HTTPException: _answering(service, _refused_by_router),
             ClientGone: _client_gone,
-            Exception: _unexpected,
+            Exception: _answering(service, _unexpected),
         },
     )
     app.router.redirect_slashes = False
@@ -64,6 +64,8 @@ def make_app(service: Service, *, keys: Sequence[str] = ()) -> Starlette:
 
 def error_response(error: QuireError) -> Response:
     """An error as HTTP: status, OpenAI's error object, Retry-After."""
+    if error.code == "body_too_large":
+        return RefusedBody(error_body(error), http_status(error.code))
     headers = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
@@ -77,37 +79,45 @@ def _bound(endpoint: Endpoint, service: Service) -> Callable[[Request], Awaitabl
     return call
 
 
-def _quire_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, QuireError)
-    response = error_response(error)
-    if error.code == "body_too_large":
-        return RefusedBody(error_body(error), response.status_code)
-    return response
+def _answering(
+    service: Service, explain: Callable[[Request, Exception], QuireError]
+) -> Callable[[Request, Exception], Response]:
+    """An exception handler: what `explain` makes of the exception, counted and written."""
 
-
-def _http_error(request: Request, error: Exception) -> Response:
-    """What the router refuses: an unknown path, a wrong method."""
-    assert isinstance(error, HTTPException)
-    if error.status_code == 405:
-        allowed = ", ".join(method for method, path, _ in ROUTES if path == request.url.path)
-        text = f"{request.method} is not allowed on {request.url.path}; use {allowed or 'another method'}"
-        response = error_response(QuireError("method_not_allowed", text))
-        response.headers["allow"] = (error.headers or {}).get("Allow", allowed)
+    def answer(request: Request, error: Exception) -> Response:
+        told = explain(request, error)
+        service.count_error(told.code)
+        response = error_response(told)
+        if isinstance(error, HTTPException):
+            response.headers.update(error.headers or {})  # Allow
         return response
+
+    return answer
+
+
+def _as_it_is(request: Request, error: Exception) -> QuireError:
+    assert isinstance(error, QuireError)
+    return error
+
+
+def _refused_by_router(request: Request, error: Exception) -> QuireError:
+    """An unknown path, a wrong method."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path[:200]
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return QuireError("method_not_allowed", f"{request.method} is not allowed on {path}; use {allowed}")
     if error.status_code == 404:
-        text = f"there is nothing at {request.method} {request.url.path[:200]}"
-        return error_response(QuireError("not_found", text))
-    return error_response(QuireError("invalid_request", str(error.detail)))
+        return QuireError("not_found", f"there is nothing at {request.method} {path}")
+    return QuireError("invalid_request", str(error.detail))
 
 
 def _client_gone(request: Request, error: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it
 
 
-def _unexpected(request: Request, error: Exception) -> Response:
+def _unexpected(request: Request, error: Exception) -> QuireError:
     """A bug of ours. The client learns the request's id, the log learns the rest."""
     request_id = request.scope.get("request_id", "")
     log.error("request %s failed", request_id, exc_info=error)
-    return error_response(
-        QuireError("internal_error", f"an unexpected error; the server's log has request {request_id}")
-    )
+    return QuireError("internal_error", f"an unexpected error; the server's log has request {request_id}")

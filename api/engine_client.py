@@ -19,7 +19,7 @@ import zmq
 from api.journal import Journal
 from core.channel import ChannelFull, Client
 from core.errors import QuireError
-from core.messages import Abort, Delta, Failed, Finished, FromTokenizer, Generate, Prompt, Rejected, Started
+from core.messages import Abort, ChatPrompt, Delta, Failed, Finished, FromTokenizer, Generate, Prompt, Rejected, Started
 from core.stats import ApiSnapshot
 from quire import SamplingParams
 
@@ -302,6 +302,8 @@ class EngineClient:
                 case Rejected(request_id, code, text, param, retry_after_s):
                     self._end(request_id)
                     self.counts.rejected += 1
+                    if param == "messages" and not isinstance(live.journal.request.prompt, ChatPrompt):
+                        param = "prompt"  # below nobody knows any more what the client called it
                     live.stream.fail(QuireError(code, text, param, retry_after_s))
                 case Failed(request_id, code, text):
                     self._end(request_id)

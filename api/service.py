@@ -42,6 +42,11 @@ class Service(msgspec.Struct, frozen=True):
     strict_fields: bool = False
     keep_alive_s: float = 15.0
 
+    def count_error(self, code: str) -> None:
+        """Note an error that a client was told."""
+        errors = self.engine.counts.errors
+        errors[code] = errors.get(code, 0) + 1
+
     async def check_ready(self) -> None:
         """Refuse work while the engine starts, or comes back after a death. Raises QuireError("loading")."""
         if self.figures.state != "ready" and (await self.figures.query()).state == "loading":

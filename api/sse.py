@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from api.engine_client import ClientGone, Event, Stream
 from api.schema.errors import error_body
+from api.service import Service
 from core.errors import QuireError
 from core.messages import Delta, Finished
 
@@ -56,10 +57,10 @@ class EventStream:
 
     status_code = 200
 
-    def __init__(self, stream: Stream, writer: Writer, keep_alive_s: float) -> None:
+    def __init__(self, stream: Stream, writer: Writer, service: Service) -> None:
         self._stream = stream
         self._writer = writer
-        self._keep_alive_s = keep_alive_s
+        self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._stream:
@@ -72,7 +73,7 @@ class EventStream:
                 watcher.cancel()
 
     async def _run(self, send: Send) -> None:
-        ticks = _Ticks(self._keep_alive_s, self._stream.poke)
+        ticks = _Ticks(self._service.keep_alive_s, self._stream.poke)
         try:
             held: list[tuple[int, Event]] = []
             async for news in self._stream:
@@ -88,6 +89,7 @@ class EventStream:
                         await self._send(send, chunk, ticks)
                 last = self._writer.end() + DONE
             except QuireError as error:
+                self._service.count_error(error.code)
                 last = b"data: " + error_body(error) + b"\n\n"
             await self._send(send, last, ticks, more=False)
         finally:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from api.schema.chat import chat_prompt
 from api.schema.completions import check_token_ids
 from api.schema.models import model_card
 from api.schema.parse import explain
+from api.schema.sampling import deadline_s
 from api.service import Service
 from core.errors import QuireError
 from core.messages import Delta, Finished, Prompt, Started, TextPrompt, TokensPrompt, TokenText
@@ -200,7 +200,10 @@ class ZmqServer:
         """Say a request's ending: the only place that does, also for a task that was cancelled before it began."""
         del peer.tasks[request_id]
         if not task.cancelled():
-            self._say(peer, task.result())
+            ending = task.result()
+            if isinstance(ending, quire.Error):
+                self._service.count_error(ending.code)
+            self._say(peer, ending)
         elif peer.too_slow:
             text = f"{MAX_OUTBOX} messages were waiting to be read; the request was aborted"
             self._say(peer, quire.Error(id=request_id, code="client_too_slow", message=text))
@@ -213,15 +216,13 @@ class ZmqServer:
         sampling = validate(message.sampling or service.model.defaults, service.model.limits)
         if not -(2**31) <= message.priority < 2**31:
             raise QuireError("invalid_value", "priority must fit in 32 bits", "priority")
-        if message.timeout_s is not None and not 0 < message.timeout_s < 1e9:
-            raise QuireError("invalid_value", f"timeout_s: {message.timeout_s!r} must be above 0", "timeout_s")
         await service.check_ready()
         stream = service.engine.generate(
             [self._prompt(message)],
             sampling,
             priority=message.priority,
             cache_salt=message.cache_salt[:256],
-            deadline_s=None if message.timeout_s is None else time.monotonic() + message.timeout_s,
+            deadline_s=deadline_s(message.timeout_s),
             want_text=message.want_text,
             want_prompt=message.want_prompt,
         )

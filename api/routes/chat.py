@@ -33,11 +33,12 @@ async def chat_completions(service: Service, request: Request) -> ASGIApp:
         chat.sampling,
         priority=chat.priority,
         cache_salt=chat.cache_salt,
+        deadline_s=chat.deadline_s,
         want_prompt=chat.return_token_ids,
     )
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
     if chat.stream:
-        return EventStream(stream, ChatWriter(answer_id, service, chat), service.keep_alive_s)
+        return EventStream(stream, ChatWriter(answer_id, service, chat), service)
 
     (output,) = await collect(stream, request.receive, chat.sampling.n)
     choices = [

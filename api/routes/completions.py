@@ -39,11 +39,12 @@ async def completions(service: Service, request: Request) -> ASGIApp:
         asked.sampling,
         priority=asked.priority,
         cache_salt=asked.cache_salt,
+        deadline_s=asked.deadline_s,
         want_prompt=asked.echo or asked.return_token_ids,
     )
     answer_id = f"cmpl-{uuid.uuid4().hex}"
     if asked.stream:
-        return EventStream(stream, CompletionWriter(answer_id, service, asked), service.keep_alive_s)
+        return EventStream(stream, CompletionWriter(answer_id, service, asked), service)
 
     outputs = await collect(stream, request.receive, asked.sampling.n)
     choices: list[CompletionChoice] = []

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from api.schema.parse import check_unsupported, explain, parse
-from api.schema.sampling import NEUTRAL, GenerationFields, check_common, sampling_params
+from api.schema.sampling import NEUTRAL, GenerationFields, check_common, deadline_s, sampling_params
 from api.schema.usage import Usage
 from api.served import ServedModel
 from core.errors import QuireError
@@ -115,6 +115,7 @@ class ChatRequest(msgspec.Struct, frozen=True):
     return_token_ids: bool
     priority: int
     cache_salt: str
+    deadline_s: float | None
 
 
 class TopLogprob(msgspec.Struct):
@@ -176,6 +177,7 @@ def chat_request(body: bytes, model: ServedModel, *, strict_fields: bool) -> Cha
         return_token_ids=bool(fields.return_token_ids),
         priority=fields.priority or 0,
         cache_salt=fields.cache_salt or "",
+        deadline_s=deadline_s(fields.timeout_s),
     )
 
 

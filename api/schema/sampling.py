@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import msgspec
@@ -50,6 +51,7 @@ class GenerationFields(msgspec.Struct, kw_only=True):
     return_token_ids: bool | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    timeout_s: float | None = None  # the request's own deadline, from its arrival
 
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -81,6 +83,7 @@ _SAME_NAME = (
 )
 _MAX_PRIORITY = 2**31
 _MAX_SALT_CHARS = 256
+_MAX_TIMEOUT_S = 1e9
 
 
 def sampling_params(
@@ -114,6 +117,15 @@ def check_common(fields: GenerationFields) -> None:
         raise QuireError("invalid_value", "priority must fit in 32 bits", "priority")
     if fields.cache_salt is not None and len(fields.cache_salt) > _MAX_SALT_CHARS:
         raise QuireError("invalid_value", f"cache_salt is longer than {_MAX_SALT_CHARS} characters", "cache_salt")
+
+
+def deadline_s(timeout_s: float | None) -> float | None:
+    """The monotonic time at which a request that may take `timeout_s` ends."""
+    if timeout_s is None:
+        return None
+    if not 0 < timeout_s < _MAX_TIMEOUT_S:
+        raise QuireError("invalid_value", f"timeout_s: {timeout_s!r} must be above 0", "timeout_s")
+    return time.monotonic() + timeout_s
 
 
 def _logit_bias(bias: dict[str, float]) -> dict[int, float]:

@@ -341,6 +341,7 @@ BAD = [
     ({"prompt_logprobs": 1, "stream": True}, 400, "prompt_logprobs", "unsupported"),
     ({"continue_final_message": True}, 400, "continue_final_message", "invalid_value"),
     ({"priority": 2**40}, 400, "priority", "invalid_value"),
+    ({"timeout_s": -1}, 400, "timeout_s", "invalid_value"),
 ]
 
 
@@ -521,6 +522,23 @@ def test_failure_after_the_stream_began(url: str) -> None:
         "error": {"message": "rank 0 died", "type": "server_error", "param": None, "code": "worker_failed"}
     }
     assert_error(post(url, "/v1/completions", {"prompt": "fail"}), 500, None, "worker_failed")
+
+
+def test_errors_are_counted(pair: tuple[Doors, FakeTokenizer]) -> None:
+    errors = pair[0].engine.counts.errors
+    before = dict(errors)
+    post(pair[0].url, "/v1/completions", {"prompt": []})
+    post(pair[0].url, "/v1/completions", {"prompt": "busy"})
+    post(pair[0].url, "/v1/completions", {"prompt": "fail", "stream": True})
+    grown = {code: errors[code] - before.get(code, 0) for code in ("invalid_value", "queue_full", "worker_failed")}
+    assert grown == {"invalid_value": 1, "queue_full": 1, "worker_failed": 1}
+
+
+def test_a_deadline_is_passed_on(url: str, tokenizer: FakeTokenizer) -> None:
+    assert post(url, "/v1/completions", {"prompt": "a", "timeout_s": 30}).status_code == 200
+    deadline_s = tokenizer.requests[-1].deadline_s
+    assert deadline_s is not None
+    assert 25 < deadline_s - time.monotonic() < 30
 
 
 def test_queue_full(url: str) -> None:
