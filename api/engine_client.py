@@ -298,7 +298,7 @@ class EngineClient:
                     self._end(request_id)
                     self.counts.finished += 1
                     self.counts.end_to_end.observe(now - live.journal.request.arrival_s)
-                    live.stream.push(live.index, message)
+                    live.stream.push(live.index, live.journal.complete(message))
                 case Rejected(request_id, code, text, param, retry_after_s):
                     self._end(request_id)
                     self.counts.rejected += 1

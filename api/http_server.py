@@ -26,6 +26,7 @@ class HttpServer(uvicorn.Server):
                 http="httptools",
                 loop="none",
                 ws="none",
+                proxy_headers=False,
                 lifespan="off",
                 interface="asgi3",
                 log_config=None,

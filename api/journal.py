@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from core.messages import ChoiceProgress, Delta, Generate
+from core.messages import ChoiceProgress, Delta, Finished, Generate
 
 
 class ChoiceJournal(msgspec.Struct):
@@ -26,6 +26,7 @@ class Journal:
     def __init__(self, request: Generate) -> None:
         self.request = request
         self.choices = [ChoiceJournal() for _ in range(request.sampling.n)]
+        self.num_settled = 0  # tokens of the choices that had finished before the last resume
 
     def record(self, delta: Delta) -> Delta | None:
         """Note a Delta and return what of it is new: the same Delta, its unseen rest, or None.
@@ -57,11 +58,22 @@ class Journal:
         choice.finished = delta.finish_reason is not None
         return delta
 
-    def resume(self) -> Generate:
-        """The request to send to a restarted engine: the next epoch, with all output ids. It becomes the current one.
+    def complete(self, ending: Finished) -> Finished:
+        """The ending with the usage of all choices."""
+        if not self.num_settled:
+            return ending
+        return msgspec.structs.replace(ending, completion_tokens=ending.completion_tokens + self.num_settled)
 
-        A finished choice is passed too, so that its tokens are counted in the ending.
+    def resume(self) -> Generate:
+        """The request to send to a restarted engine: the next epoch, with the output ids of its unfinished choices.
+
+        It becomes the current one. Below nobody will know of the finished choices: `complete` adds their tokens.
         """
-        progress = [ChoiceProgress(index, list(choice.output_ids)) for index, choice in enumerate(self.choices)]
+        progress = [
+            ChoiceProgress(index, list(choice.output_ids))
+            for index, choice in enumerate(self.choices)
+            if not choice.finished
+        ]
+        self.num_settled = sum(len(choice.output_ids) for choice in self.choices if choice.finished)
         self.request = msgspec.structs.replace(self.request, epoch=self.request.epoch + 1, resume=progress)
         return self.request

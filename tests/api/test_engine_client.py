@@ -199,13 +199,14 @@ def test_journal_drops_what_came_before() -> None:
     assert kept.choices[0].output_ids == [1, 2, 3, 4]
 
 
-def test_journal_resumes_with_all_choices_and_drops_the_old_epoch() -> None:
+def test_journal_resumes_what_is_unfinished_and_drops_the_old_epoch() -> None:
     kept = journal(2)
     kept.record(delta("r", 0, 1, 2))
     kept.record(delta("r", 0, 8, choice=1, finish_reason="stop"))
     again = kept.resume()
     assert again.epoch == 1
-    assert again.resume == [ChoiceProgress(0, [1, 2]), ChoiceProgress(1, [8])]
+    assert again.resume == [ChoiceProgress(0, [1, 2])]
+    assert kept.complete(Finished("r", 5, 4)) == Finished("r", 5, 5)  # the finished choice's token counts too
     assert again.sampling.seed == 1
     assert kept.record(delta("r", 2, 3)) is None  # from before the restart
     assert kept.record(delta("r", 2, 3, epoch=1)) is not None
