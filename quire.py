@@ -11,6 +11,8 @@ import contextlib
 import itertools
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections import deque
@@ -753,3 +755,116 @@ class AsyncClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+# ------------------------------------------------------------------------------------------------ offline
+
+_START_S = 600.0  # a large checkpoint is read from a slow disk in minutes
+
+
+class LLM:
+    """An engine of one's own, without a server to look after: started as a subprocess, ended with the program.
+
+    Args:
+        model: built-in name, folder or hub id.
+        options: options of `quire serve`, with underscores: LLM("tiny-chat", max_num_seqs=64, quantization="int8").
+
+    Raises QuireError("engine_failed") with the engine's own last words when it does not start.
+    """
+
+    def __init__(self, model: str = "tiny-chat", **options: Any) -> None:
+        command = [sys.executable, "-P", "-m", "tools.cli", "serve", model, "--port", "0", "--die-with-parent"]
+        for name, value in options.items():
+            flag = "--" + name.replace("_", "-")
+            command += [flag] if value is True else ["--no-" + flag[2:]] if value is False else [flag, str(value)]
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the engine
+        # A session of its own: the program's Ctrl-C interrupts the program, which then ends the engine in order.
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True
+        )
+        try:
+            self.client = Client(self._wait())
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait(self) -> str:
+        deadline = time.monotonic() + _START_S
+        while time.monotonic() < deadline:
+            for server in find_servers():
+                if server["pid"] == self._process.pid:
+                    return str(server["client_address"])
+            if self._process.poll() is not None:
+                break
+            time.sleep(0.02)
+        self._log.seek(0)
+        words = self._log.read().decode("utf-8", "replace").strip().splitlines()[-12:]
+        raise QuireError("engine_failed", "the engine did not start:\n" + "\n".join(words))
+
+    def generate(
+        self,
+        prompts: str | Sequence[str | Sequence[int] | Sequence[dict[str, Any]]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+        **options: Any,
+    ) -> list[Completion]:
+        """Completions of all prompts (text, token ids, or a chat's messages each), in their order.
+
+        `progress` draws a bar on stderr when that is a terminal. `options`: further fields of GenerateRequest.
+        """
+        batch: Sequence[Any] = [prompts] if isinstance(prompts, str) else prompts
+        bar = _Bar(len(batch)) if progress and sys.stderr.isatty() else None
+        results = self.client.generate_all(None, batch, sampling, on_done=bar, **options)
+        if bar is not None:
+            bar.end()
+        return results
+
+    def chat(
+        self, messages: Sequence[dict[str, Any]], sampling: SamplingParams | None = None, **options: Any
+    ) -> Completion:
+        """One answer to a conversation."""
+        return self.client.generate(messages=messages, sampling=sampling, **options)
+
+    def close(self) -> None:
+        """End the engine and wait for it."""
+        client = getattr(self, "client", None)
+        if client is not None:
+            client.close()
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(30)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._log.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Bar:
+    """Progress on stderr: done of all, tokens per second."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.done = 0
+        self.tokens = 0
+        self.began = time.monotonic()
+
+    def __call__(self, index: int, completion: Completion) -> None:
+        self.done += 1
+        self.tokens += completion.completion_tokens
+        filled = 30 * self.done // max(1, self.total)
+        rate = self.tokens / max(1e-6, time.monotonic() - self.began)
+        bar = "#" * filled + "." * (30 - filled)
+        print(f"\r[{bar}] {self.done}/{self.total}  {rate:,.0f} tokens/s ", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        print(file=sys.stderr)

@@ -58,6 +58,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_body_bytes: Annotated[Positive, _option("largest request body", "server")] = 16 * 1024 * 1024
     strict_fields: Annotated[bool, _option("refuse unknown request fields by name", "server")] = False
     drain_timeout_s: Annotated[float, Meta(ge=0), _option("at SIGTERM, seconds for running requests", "server")] = 20.0
+    die_with_parent: Annotated[bool, _option("end when the starting process ends (quire.LLM)", "server")] = False
     # ---- engine
     device: Annotated[Device, _option("hardware target; null: no model at all", "engine")] = "auto"
     tensor_parallel_size: Annotated[int, Meta(ge=1, le=64), _option("ranks that share one model", "engine")] = 1

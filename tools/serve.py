@@ -13,6 +13,7 @@ from core import config as configuration
 from core.config import Config
 from core.errors import QuireError
 from core.model_info import ModelInfo, resolve
+from core.process import die_with_parent
 from tools.run_dir import RunDir
 from tools.supervisor import Supervisor
 
@@ -23,6 +24,8 @@ def main(argv: list[str]) -> int:
     try:
         config = configuration.parse(argv)
         logging.basicConfig(level=config.log_level.upper())
+        if config.die_with_parent:
+            die_with_parent(os.getppid())
         return serve(config, began)
     except QuireError as error:
         print(f"quire serve: {error.message}", file=sys.stderr)
