@@ -44,9 +44,7 @@ def completion_logprobs(
         offset += len(text)
     tops: list[dict[str, float] | None] | None = None
     if count:
-        tops = [
-            None if token is None else {text: _finite(logprob) for _, text, _, logprob in token.top} for token in tokens
-        ]
+        tops = [None if token is None else _top_map(token) for token in tokens]
     chosen = [None if token is None else _finite(token.logprob) for token in tokens]
     return CompletionLogprobs(texts, chosen, tops, offsets)
 
@@ -69,6 +67,13 @@ def prompt_logprobs(tokens: Sequence[TokenText | None]) -> list[dict[str, Any] |
         }
         result.append(entries)
     return result
+
+
+def _top_map(token: TokenText) -> dict[str, float]:
+    """The alternatives by text, and the chosen token in any case, as OpenAI has it."""
+    found = {text: _finite(logprob) for _, text, _, logprob in token.top}
+    found.setdefault(token.text, _finite(token.logprob))
+    return found
 
 
 def _finite(logprob: float) -> float:

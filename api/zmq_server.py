@@ -31,6 +31,7 @@ log = logging.getLogger("quire.api")
 
 MAX_FRAMES_PER_TURN = 64
 MAX_OUTBOX = 8192  # messages that wait for a client which does not read
+MAX_UNREAD_FRAMES = 200  # per client, inside ZeroMQ; a step is one frame
 RETRY_S = 0.05  # a full socket is tried again after this long
 MAX_GREETED = 10_000  # clients whose hello is remembered
 
@@ -67,6 +68,7 @@ class ZmqServer:
         self._socket = context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 500)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a client that is gone is an error, not a silent drop
+        self._socket.setsockopt(zmq.SNDHWM, MAX_UNREAD_FRAMES)
         self._socket.setsockopt(zmq.MAXMSGSIZE, quire.MAX_FRAME_BYTES)
         self._socket.bind(address)
         self._address = address

@@ -14,6 +14,7 @@ import pytest
 import zmq
 
 import quire
+from api import zmq_server
 from core.messages import ChatPrompt, TokensPrompt
 from quire import Client, QuireError, SamplingParams
 from tests.api.serving import TEXT, WORDS, Doors, FakeTokenizer
@@ -134,6 +135,27 @@ def test_a_client_that_vanishes(pair: Pair, tokenizer: FakeTokenizer) -> None:
     socket.close(0)
     context.term()
     tokenizer.wait_for_abort(before + 1)
+
+
+def test_a_client_that_does_not_read(pair: Pair, tokenizer: FakeTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zmq_server, "MAX_OUTBOX", 300)
+    before = len(tokenizer.aborted)
+    context: zmq.Context[Any] = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.RCVHWM, 1)
+    socket.connect(pair[0].address)
+    try:
+        socket.send(pack({"type": "hello", "protocol": 1}, {"type": "generate", "id": "x", "prompt": "flood"}))
+        tokenizer.wait_for_abort(before + 1, within_s=20)
+        answers: list[Any] = []
+        while not answers or answers[-1]["type"] != "error":
+            assert socket.poll(3000)
+            answers += msgspec.msgpack.decode(socket.recv())
+        assert [a["code"] for a in answers if a["type"] in ("error", "finished")] == ["client_too_slow"]
+        assert not socket.poll(100)
+    finally:
+        socket.close(0)
+        context.term()
 
 
 class Raw:
