@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import msgspec
 import pytest
 
 from core.messages import ChatPrompt, StatsReply, TokensPrompt
@@ -414,9 +415,17 @@ def test_bad_bodies(url: str, content: bytes, status: int, code: str, chunked: b
     assert_error(answer, status, None, code)
 
 
-def test_body_too_large_is_refused_before_it_is_sent(url: str) -> None:
-    with raw(url, b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9999999999\r\n\r\n") as connection:
-        assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
+@pytest.mark.parametrize("expect", [b"", b"Expect: 100-continue\r\n"])
+def test_body_too_large_is_refused_before_it_is_sent(url: str, expect: bytes) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + expect + b"Content-Length: 9999999999\r\n\r\n"
+    with raw(url, head) as connection:
+        got = b""
+        while b"body_too_large" not in got:
+            part = connection.recv(1000)
+            assert part
+            got += part
+    assert got.startswith(b"HTTP/1.1 413 ")
+    assert b"100 Continue" not in got
 
 
 def test_unknown_path_and_method(url: str) -> None:
@@ -470,8 +479,6 @@ def test_loading(url: str, pair: tuple[Doors, FakeTokenizer]) -> None:
 
 
 def test_stats_and_metrics(url: str, pair: tuple[Doors, FakeTokenizer]) -> None:
-    import msgspec
-
     engine = EngineSnapshot(running=3, steps=7)
     engine.step.observe(0.002)
     pair[0].figures.reply = StatsReply(1, "ready", {"scheduler": msgspec.msgpack.encode(engine)}, {"port": 1})

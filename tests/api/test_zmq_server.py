@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import math
+import os
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -292,10 +295,6 @@ def test_a_server_that_is_not_there(folder: Any, monkeypatch: pytest.MonkeyPatch
 
 
 def test_find_servers(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import json
-    import os
-    import tempfile
-
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     assert quire.find_servers() == []
     with pytest.raises(QuireError) as caught:
