@@ -30,7 +30,7 @@ MODEL = ModelInfo("/m", "tiny-chat", "r1", "llama", [], 4096, 2048, [3])
 class Supervisor:
     """Starts the process, and answers its control messages on a thread."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, http: bool = True) -> None:
         (folder / "config.json").write_bytes(Config(drain_timeout_s=5).to_json())
         (folder / "model.json").write_bytes(msgspec.json.encode(MODEL))
         self.server: Server[Any] = Server(zmq.Context.instance(), f"ipc://{folder}/control", ToSupervisor)
@@ -41,7 +41,8 @@ class Supervisor:
         self.process = subprocess.Popen(
             [
                 *(sys.executable, "-P", "-m", "api.server", "--run-dir", str(folder), "--name", "api-0"),
-                *("--parent", str(os.getpid()), "--fd", str(listening.fileno())),
+                *("--parent", str(os.getpid())),
+                *(("--fd", str(listening.fileno())) if http else ()),
             ],
             pass_fds=[listening.fileno()],
         )
@@ -109,6 +110,20 @@ def test_the_process(folder: Path) -> None:
         assert text.endswith("data: [DONE]\n\n")
         assert supervisor.process.wait(5) == 0
         assert not (folder / "client").exists()
+    finally:
+        supervisor.close()
+        tokenizer.close()
+
+
+def test_the_process_without_http(folder: Path) -> None:
+    tokenizer = FakeTokenizer(f"ipc://{folder}/tokenizer-0")
+    supervisor = Supervisor(folder, http=False)
+    try:
+        assert supervisor.until(Ready).detail == "ZeroMQ"
+        with Client(f"ipc://{folder}/client") as client:
+            assert client.generate("tiny-chat", "abc").text == TEXT
+        supervisor.orders.append(Shutdown())
+        assert supervisor.process.wait(5) == 0
     finally:
         supervisor.close()
         tokenizer.close()
