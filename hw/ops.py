@@ -193,7 +193,8 @@ class Ops(Protocol):
         temperature, top_k, top_p, min_p, then argmax of logits / T + Gumbel noise. The noise of (row, id) depends on
         key0, key1 and id alone: h = mix(mix(id ^ key0) + key1) in uint32 with
         mix(x): x ^= x >> 16; x *= 0x7feb352d; x ^= x >> 15; x *= 0x846ca68b; x ^= x >> 16;
-        u = (h >> 8) * 2^-24 + 2^-25; noise = -log(-log(u)). Greedy rows take the argmax, the lowest id on a tie.
+        u = (h >> 8) * 2^-24 + 2^-25; noise = -log(-log(u)). u is below 1, but in float32 it would round to 1 and the
+        noise to infinity: above one half, take log1p(-(1 - u)). Greedy rows take the argmax, the lowest id on a tie.
         """
         ...
 

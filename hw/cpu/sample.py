@@ -10,6 +10,7 @@ import torch
 
 from hw.ops import SampleInputs, SampleOutput
 
+CANDIDATES = 256  # finding so many of the largest costs a tenth of sorting a vocabulary, and nearly always decides
 _MULTIPLIER_1 = 0x7FEB352D
 _MULTIPLIER_2 = 0x846CA68B - (1 << 32)  # the same 32 bits as a signed integer
 
@@ -51,20 +52,23 @@ def logprobs(logits: torch.Tensor, ids: torch.Tensor, num_top: int) -> SampleOut
 def gumbel_noise(key0: torch.Tensor, key1: torch.Tensor, vocab: int) -> torch.Tensor:
     """Noise [m, vocab] float32 of the keys [m] int32: a counter hash of (key, id), see `hw.ops.Ops.sample`.
 
-    In double precision, because in single u rounds to 1 for one id in 2^24, whose noise would be infinite: at a
-    vocabulary of 128k that is one token in 130 drawn blindly.
+    Above one half, log(u) is taken as log1p(-(1 - u)): in single precision u itself would round to 1 for one id in
+    2^24, whose noise would be infinite: at a vocabulary of 128k, one token in 130 would be drawn blindly.
     """
     ids = torch.arange(vocab, dtype=torch.int32, device=key0.device)
-    hashed = _mix(_mix(ids ^ key0.int().unsqueeze(1)) + key1.int().unsqueeze(1))
-    u = ((hashed >> 8) & 0xFFFFFF).double().mul_(2.0**-24).add_(2.0**-25)
-    return u.log_().neg_().log_().neg_().float()
+    hashed = _mix(_mix(ids ^ key0.int().unsqueeze(1)).add_(key1.int().unsqueeze(1)))
+    k = hashed.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
+    upper = k >= 1 << 23
+    # k or its mirror image 2^24 - 1 - k: below 2^23, so that + 0.5 is exact.
+    w = torch.where(upper, 0xFFFFFF - k, k).float().add_(0.5).mul_(2.0**-24)
+    return torch.where(upper, torch.log1p(-w), torch.log(w)).neg_().log_().neg_()
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """The contract's 32-bit mix, in int32: products wrap; a shift's sign bits are masked away."""
-    x = (x ^ ((x >> 16) & 0xFFFF)) * _MULTIPLIER_1
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * _MULTIPLIER_2
-    return x ^ ((x >> 16) & 0xFFFF)
+    """The contract's 32-bit mix of a temporary int32 tensor, in place: products wrap, a shift's sign bits are masked."""
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_MULTIPLIER_1)
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_MULTIPLIER_2)
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
 
 
 def _drawn(logits: torch.Tensor, inputs: SampleInputs, rows: torch.Tensor) -> torch.Tensor:
@@ -80,26 +84,50 @@ def _drawn(logits: torch.Tensor, inputs: SampleInputs, rows: torch.Tensor) -> to
 def _truncate(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> None:
     """Set what top_k, then top_p, then min_p exclude to -inf, in place. scaled [r, vocab] has maximum 0 per row."""
     vocab = scaled.shape[1]
-    sorting = torch.nonzero(((top_k > 0) & (top_k < vocab)) | (top_p < 1)).squeeze(1)
-    if sorting.numel():
-        # Stable: of equal logits the lowest id goes first, so that exactly k stay.
-        values, order = torch.sort(scaled[sorting], dim=-1, descending=True, stable=True)
-        k = torch.where(top_k[sorting] > 0, top_k[sorting], vocab).unsqueeze(1)
-        values.masked_fill_(torch.arange(vocab, device=scaled.device) >= k, -torch.inf)
-        p = top_p[sorting].unsqueeze(1)
-        probs = torch.softmax(values, dim=-1)
-        before = probs.cumsum(dim=-1) - probs
-        # A token stays while those before it do not reach p; the first one always does.
-        outside = (before >= p) & (p < 1)
-        outside[:, 0] = False
-        values.masked_fill_(outside, -torch.inf)
-        scaled[sorting] = torch.empty_like(values).scatter_(1, order, values)
-    floor = torch.nonzero(min_p > 0).squeeze(1)
-    if floor.numel():
+    k = torch.where((top_k > 0) & (top_k < vocab), top_k, vocab)
+    rows = torch.nonzero((k < vocab) | (top_p < 1)).squeeze(1)
+    if rows.numel():
+        # Before min_p, which leaves the order and the probabilities of what it keeps alone, so any order would do.
+        scaled[rows] = _keep_first(scaled[rows], k[rows].unsqueeze(1), top_p[rows].unsqueeze(1), CANDIDATES)
+    rows = torch.nonzero(min_p > 0).squeeze(1)
+    if rows.numel():
         # p(id) >= min_p * max p, and the maximum of the scaled logits is 0.
-        kept = scaled[floor]
-        kept.masked_fill_(kept < torch.log(min_p[floor]).unsqueeze(1), -torch.inf)
-        scaled[floor] = kept
+        kept = scaled[rows]
+        scaled[rows] = kept.masked_fill_(kept < torch.log(min_p[rows]).unsqueeze(1), -torch.inf)
+
+
+def _keep_first(scaled: torch.Tensor, k: torch.Tensor, p: torch.Tensor, num_candidates: int) -> torch.Tensor:
+    """scaled [r, vocab] with all but the first ids of each row at -inf: those of top_k, then of top_p.
+
+    Looks at the `num_candidates` largest only. A row that they do not decide is done again with all; as only their
+    sorted values and sums from the largest on matter, both ways give the same result.
+    """
+    vocab = scaled.shape[1]
+    size = min(num_candidates, vocab)
+    probs = torch.softmax(scaled, dim=-1)
+    values, order = torch.topk(scaled, size, dim=-1)
+    cumulated = probs.gather(1, order).cumsum(dim=-1)
+    # The whole of what top_k leaves; without top_k it is 1.
+    whole = torch.where(k < vocab, cumulated.gather(1, k.clamp(max=size).long() - 1), 1.0)
+    decided = ((k <= size) | (cumulated[:, -1:] >= p * whole) & (k == vocab)).squeeze(1)
+    if size < vocab and not bool(decided.all()):
+        result = torch.empty_like(scaled)
+        result[decided] = _keep_first(scaled[decided], k[decided], p[decided], size)
+        late = ~decided
+        result[late] = _keep_first(scaled[late], k[late], p[late], vocab)
+        return result
+    # A token stays while those before it do not reach p; the first one always does.
+    before = torch.nn.functional.pad(cumulated[:, :-1], (1, 0))
+    inside = (torch.arange(size, device=scaled.device) < k) & ((before < p * whole) | (p >= 1))
+    count = inside.sum(dim=-1, keepdim=True).clamp(min=1)
+    last = values.gather(1, count - 1)
+    keep = scaled >= last
+    if bool((keep.sum(dim=-1, keepdim=True) > count).any()):
+        # Of ids that equal the last one, the lowest stay, so that exactly `count` do.
+        equal = scaled == last
+        room = count - (scaled > last).sum(dim=-1, keepdim=True)
+        keep = (scaled > last) | (equal & (equal.cumsum(dim=-1) <= room))
+    return scaled.masked_fill(~keep, -torch.inf)
 
 
 def _biased(logits: torch.Tensor, ids: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

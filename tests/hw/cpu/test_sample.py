@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from hw.cpu.sample import gumbel_noise, logprobs, sample
+from hw.cpu.sample import CANDIDATES, _truncate, gumbel_noise, logprobs, sample
 from hw.ops import SampleInputs
 
 BITS = 0xFFFFFFFF
@@ -258,3 +258,34 @@ def test_logprobs_of_given_ids() -> None:
         torch.testing.assert_close(out.top_logprobs[i].double(), reference[i, ordered[:4]], rtol=1e-5, atol=1e-5)
         assert math.isclose(float(out.chosen[i]), float(reference[i, ids[i]]), abs_tol=1e-5)
     assert logprobs(logits, ids, 0).top_ids.shape == (5, 0)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_truncation_of_a_large_vocabulary(seed: int) -> None:
+    """Flat rows, which the first candidates do not decide, stand beside peaked ones; many logits are equal."""
+    rng = random.Random(seed)
+    vocab = 900
+    rows = [
+        Row(1.0, top_k=rng.choice([0, 5, 255, 256, 257, 600]), top_p=rng.choice([1.0, 0.3, 0.9, 0.99]), key0=k, key1=k)
+        for k in range(24)
+    ]
+    logits = torch.randn(24, vocab, generator=torch.Generator().manual_seed(seed))
+    logits[::2] *= 6
+    logits[::3] = logits[::3].round()
+    kept = [allowed(line, row) for line, row in zip(logits.tolist(), rows, strict=True)]
+    scaled = logits - logits.amax(-1, keepdim=True)
+    inputs = pack(rows)
+    _truncate(scaled, inputs.top_k, inputs.top_p, inputs.min_p)
+    for line, wanted in zip(scaled, kept, strict=True):
+        got = set(line.isfinite().nonzero()[:, 0].tolist())
+        # The reference sums in another order: the last token may fall on either side.
+        assert len(got ^ wanted) <= 1
+    assert sum(len(line.isfinite().nonzero()) for line in scaled) == pytest.approx(sum(map(len, kept)), abs=3)
+    assert any(len(wanted) > CANDIDATES for wanted in kept)
+
+
+def test_top_k_alone_keeps_exactly_k_of_equals() -> None:
+    scaled = torch.zeros(3, 700)
+    k = torch.tensor([1, 300, 256], dtype=torch.int32)
+    _truncate(scaled, k, torch.ones(3), torch.zeros(3))
+    assert [line.isfinite().nonzero()[:, 0].tolist() for line in scaled] == [list(range(n)) for n in (1, 300, 256)]
