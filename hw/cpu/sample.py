@@ -22,12 +22,12 @@ def sample(logits: torch.Tensor, inputs: SampleInputs) -> SampleOutput:
         logits = _biased(logits, inputs.bias_ids, inputs.bias_values)
     if inputs.any_penalty:
         logits = _penalised(logits, inputs)
-    ids = torch.argmax(logits, dim=-1)
-    if inputs.any_random:
-        rows = torch.nonzero(inputs.temperature > 0).squeeze(1)
-        if rows.numel() == logits.shape[0]:
-            ids = _drawn(logits, inputs, rows)
-        elif rows.numel():
+    rows = torch.nonzero(inputs.temperature > 0).squeeze(1) if inputs.any_random else None
+    if rows is not None and rows.numel() == logits.shape[0]:
+        ids = _drawn(logits, inputs, rows)
+    else:
+        ids = torch.argmax(logits, dim=-1)
+        if rows is not None and rows.numel():
             ids[rows] = _drawn(logits[rows], inputs, rows)
     if inputs.num_logprobs is None:
         return SampleOutput(ids)
@@ -58,10 +58,10 @@ def gumbel_noise(key0: torch.Tensor, key1: torch.Tensor, vocab: int) -> torch.Te
     ids = torch.arange(vocab, dtype=torch.int32, device=key0.device)
     hashed = _mix(_mix(ids ^ key0.int().unsqueeze(1)).add_(key1.int().unsqueeze(1)))
     k = hashed.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
-    upper = k >= 1 << 23
-    # k or its mirror image 2^24 - 1 - k: below 2^23, so that + 0.5 is exact.
-    w = torch.where(upper, 0xFFFFFF - k, k).float().add_(0.5).mul_(2.0**-24)
-    return torch.where(upper, torch.log1p(-w), torch.log(w)).neg_().log_().neg_()
+    # k or its mirror image 2^24 - 1 - k, whichever is below 2^23, so that + 0.5 is exact.
+    w = torch.minimum(k, 0xFFFFFF - k).float().add_(0.5).mul_(2.0**-24)
+    # lerp by 0 or 1 selects exactly; torch.where takes ten times as long on a CPU.
+    return torch.lerp(w.log(), w.neg().log1p_(), (k >> 23).float()).neg_().log_().neg_()
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
