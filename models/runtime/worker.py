@@ -6,7 +6,7 @@ that the next step is at hand when one ends. All ranks of a group run every Batc
 
 from __future__ import annotations
 
-import logging
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from typing import Any
 import zmq
 
 from core.channel import Client
-from core.messages import Batch, BatchResult, Shutdown, ToWorker, WorkerFailed
+from core.errors import QuireError
+from core.messages import Batch, BatchResult, Shutdown, ToWorker, WorkerFailed, WorkerReady
 from core.process import Process, freeze_heap
 from core.stats import WorkerSnapshot
 from hw.null.runner import NullRunner
@@ -23,8 +24,6 @@ from models.runtime.step import BadRow, PendingStep, StepRunner
 
 IDLE_S = 0.2  # between two looks at the supervisor's line when there is nothing to do
 CONTROL_S = 0.1  # the same when there is
-
-log = logging.getLogger("quire.worker")
 
 
 class StepFailed(Exception):
@@ -164,13 +163,17 @@ def main() -> None:
         process.ready(detail=describe(ready), phases=phases, facts={"device": ready.device})
         freeze_heap()
         Worker(process, channel, runner).run()
+    except QuireError as error:
+        # A wrong option or checkpoint: the sentence says it all, a traceback would hide it.
+        sys.stderr.write(f"quire: {process.name}: {error.message}\n")
+        raise SystemExit(1) from None
     finally:
         channel.close()
         context.term()
         process.finish()
 
 
-def describe(ready: Any) -> str:
+def describe(ready: WorkerReady) -> str:
     """The memory plan in one line."""
     plan = ", ".join(
         f"{blocks * ready.block_size:,} tokens ({_mib(blocks * ready.block_size * spec.bytes_per_token)})"
