@@ -1,0 +1,69 @@
+"""The CPU backend: float32 and bfloat16 in plain torch, on any machine that torch runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import psutil
+import torch
+
+from hw.backend import Capabilities
+from hw.comm import Comm
+from hw.cpu.ops import CpuOps
+from hw.kvcache import KVCachePool, KVLayout
+from hw.ops import Ops
+
+
+class CpuBackend:
+    """See hw.backend.Backend."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.ops: Ops = CpuOps()
+        self.capabilities = Capabilities(
+            name="cpu",
+            device_name=f"CPU, {torch.get_num_threads()} threads",
+            dtypes=("float32", "bfloat16"),
+            kv_dtypes=("float32", "bfloat16"),
+            schemes=("none", "int8", "int4"),
+            graphs=False,
+            block_size=16,
+            ideal_step_tokens=128,
+            memory_bytes=psutil.virtual_memory().total,
+        )
+
+    def free_bytes(self) -> int:
+        """Memory that the system could still give."""
+        return int(psutil.virtual_memory().available)
+
+    def make_kv_cache(self, layout: KVLayout) -> KVCachePool:
+        return KVCachePool(layout, self.device)
+
+    def all_reduce(self, x: torch.Tensor, comm: Comm) -> torch.Tensor:
+        return comm.all_reduce(x)
+
+    def copy_blocks(self, pool: KVCachePool, group: int, pairs: list[tuple[int, int]]) -> None:
+        if not pairs:
+            return
+        source, target = torch.tensor(pairs).unbind(1)
+        for cache in pool.of_group(group):
+            cache.k[target] = cache.k[source]
+            cache.v[target] = cache.v[source]
+
+    def to_host(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        # A copy: the caller may overwrite the tensor before it asks.
+        copy = tensor.clone()
+        return lambda: copy
+
+    def synchronize(self) -> None:
+        """Nothing is queued on a CPU."""
+
+
+def available() -> str | None:
+    """None: a CPU is always there."""
+    return None
+
+
+def make(rank: int) -> CpuBackend:
+    """All ranks share the machine's CPU."""
+    return CpuBackend()

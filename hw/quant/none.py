@@ -1,0 +1,29 @@
+"""No quantization: the weight as it is."""
+
+from __future__ import annotations
+
+import torch
+
+from hw.ops import ActFormat, Activation, Ops
+from hw.quant.scheme import Packed, Scheme
+
+
+class Plain:
+    """See Scheme."""
+
+    name = "none"
+    input_format = ActFormat.PLAIN
+
+    def check(self, num_out: int, num_in: int, name: str) -> None:
+        """Every shape will do."""
+
+    def pack(self, weight: torch.Tensor) -> Packed:
+        return (weight,)
+
+    def apply(self, ops: Ops, x: Activation, packed: Packed, bias: torch.Tensor | None) -> Activation:
+        return ops.linear(x, packed[0], bias)
+
+
+def make() -> Scheme:
+    """The scheme."""
+    return Plain()

@@ -1,0 +1,52 @@
+"""Scheme: how a Linear's weight is stored and multiplied. One file per scheme in this folder.
+
+A Linear gives its scheme the plain weight of this rank once it is loaded; `pack` returns what is kept, and `apply`
+multiplies by it. Quantising while loading therefore needs no more memory than one plain weight at a time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Protocol
+
+import torch
+
+from core.errors import QuireError
+from hw.ops import ActFormat, Activation, Ops
+
+SCHEMES = {
+    "none": "hw.quant.none",
+    "int8": "hw.quant.int8",
+    "int4": "hw.quant.int4",
+}
+
+Packed = tuple[torch.Tensor, ...]
+
+
+class Scheme(Protocol):
+    """One weight format. Stateless: the packed tensors belong to the Linear."""
+
+    name: str
+    input_format: ActFormat
+    """The form in which `apply` wants its input."""
+
+    def check(self, num_out: int, num_in: int, name: str) -> None:
+        """Raise QuireError model_invalid when a weight of this shape (this rank's share) cannot be packed."""
+        ...
+
+    def pack(self, weight: torch.Tensor) -> Packed:
+        """weight [n, k] in the model's dtype -> the tensors that are kept."""
+        ...
+
+    def apply(self, ops: Ops, x: Activation, packed: Packed, bias: torch.Tensor | None) -> Activation:
+        """x [tokens, k] -> [tokens, n]."""
+        ...
+
+
+def make_scheme(name: str, supported: tuple[str, ...]) -> Scheme:
+    """The scheme of --quantization, if the backend (`supported`) has it."""
+    if name not in SCHEMES or name not in supported:
+        text = f"--quantization: {name!r} is not available on this device; choose one of {', '.join(supported)}"
+        raise QuireError("invalid_config", text, "quantization")
+    scheme: Scheme = importlib.import_module(SCHEMES[name]).make()
+    return scheme

@@ -1,0 +1,58 @@
+"""Parts: the collaborators that every layer's constructor takes. There are no globals to reach for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from hw.backend import Backend
+from hw.comm import Comm
+from hw.quant.scheme import Scheme
+
+
+class Weight(Protocol):
+    """Something that checkpoint tensors are loaded into, slot by slot. Unloaded slots are errors at the end."""
+
+    def load(self, slot: str, tensor: torch.Tensor) -> None:
+        """Take this rank's share of a whole checkpoint tensor. Raises ValueError when its shape is wrong."""
+        ...
+
+    def missing(self) -> list[str]:
+        """Slots that nothing was loaded into."""
+        ...
+
+    def fill(self, generator: torch.Generator) -> None:
+        """Random values instead of a checkpoint (--load-format dummy)."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory that it takes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """`scheme` is for the Linears of the layers; `plain` for what is never quantised. `weights` collects every Weight
+    by its name, for the loader."""
+
+    backend: Backend
+    comm: Comm
+    scheme: Scheme
+    plain: Scheme
+    dtype: torch.dtype
+    weights: dict[str, Weight] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return self.backend.device
+
+    def share(self, total: int, what: str) -> tuple[int, int]:
+        """This rank's [start, count) of `total` equal parts. Raises ValueError when they cannot be shared equally."""
+        size, rank = self.comm.size, self.comm.rank
+        if total % size:
+            raise ValueError(f"{what}: {total} cannot be divided among {size} ranks; lower --tensor-parallel-size")
+        return rank * (total // size), total // size

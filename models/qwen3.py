@@ -1,0 +1,49 @@
+"""Qwen3 (dense): Llama with a norm on each head's q and k before the rotation (Yang et al. 2025)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from models.layers import decoder
+from models.layers.decoder import Decoder, DecoderConfig
+from models.layers.model_config import ModelConfig
+from models.layers.rope import rope_settings
+from models.qwen2 import windows
+
+ARCHITECTURES = ("Qwen3ForCausalLM",)
+WEIGHTS = (
+    decoder.WEIGHTS
+    | decoder.QKV_BIAS
+    | {
+        decoder.LAYER + "self_attn.o_proj.bias": ("layers.{i}.attention.out", ".bias"),
+        decoder.LAYER + "self_attn.q_norm.weight": ("layers.{i}.attention.q_norm", ""),
+        decoder.LAYER + "self_attn.k_norm.weight": ("layers.{i}.attention.k_norm", ""),
+    }
+)
+
+
+def config(values: dict[str, Any]) -> DecoderConfig:
+    """config.json -> what the decoder needs."""
+    read = ModelConfig(values)
+    read.require("hidden_act", "silu")
+    heads, layers = read.integer("num_attention_heads"), read.integer("num_hidden_layers")
+    bias = read.flag("attention_bias")
+    return DecoderConfig(
+        vocab_size=read.integer("vocab_size"),
+        hidden_size=read.integer("hidden_size"),
+        intermediate_size=read.integer("intermediate_size"),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=read.integer("num_key_value_heads", heads),
+        head_dim=read.integer("head_dim", 128),
+        eps=read.number("rms_norm_eps", 1e-6),
+        tied=read.flag("tie_word_embeddings"),
+        rope=rope_settings(values),
+        windows=windows(values, layers),
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm=True,
+    )
+
+
+Model = Decoder
