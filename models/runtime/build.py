@@ -1,4 +1,4 @@
-"""Build: from options to a ModelRunner: backend, ranks, model, memory plan, cache."""
+"""Puts a runner together: device, ranks, weights, KV cache."""
 
 from __future__ import annotations
 
@@ -17,38 +17,34 @@ from hw.comm import Comm, TorchComm
 from hw.kvcache import KVLayout
 from hw.select import select
 from models.runtime.loader import load_model, num_bytes
+from models.runtime.memory import plan_blocks
 from models.runtime.rendezvous import meet
 from models.runtime.runner import Limits, ModelRunner
 
-CPU_CACHE_SHARE = 0.25  # of the memory that is free: others live on the machine, too
-CPU_CACHE_MAX_BYTES = 4 * 2**30
-DEFAULT_STEP_TOKENS = 2048
+STEP_TOKENS = 2048  # most tokens of one step: a long prompt then holds the others up for one chunk, not for all of it
 
 
 def build_runner(process: Process, phases: dict[str, float]) -> ModelRunner:
-    """Everything a worker needs; `phases` gets the seconds of each part."""
-    config, model = process.config, process.model
-    size = config.tensor_parallel_size
-    threads = config.torch_threads or max(1, (os.cpu_count() or 1) // size)
-    torch.set_num_threads(threads)
-    begin_s = time.monotonic()
-    backend = select(config.device, process.index)
-    comm = Comm()
-    if size > 1:
-        epoch = meet(process.run_dir, process.index)
-        kind = "nccl" if backend.device.type == "cuda" else "gloo"
-        comm = TorchComm(kind, process.index, size, process.run_dir, epoch=epoch)
-    phases["device"] = time.monotonic() - begin_s
-    begin_s = time.monotonic()
-    runner = make_runner(config, model, backend, comm)
-    phases["model"] = time.monotonic() - begin_s
-    return runner
+    """The runner of this rank. `phases` gets the seconds of each part.
+
+    Raises:
+        QuireError: a wrong option or checkpoint. MemoryError: the cache does not fit.
+    """
+    config, rank = process.config, process.index
+    torch.set_num_threads(threads(config))
+    backend = select(config.device, rank)
+    comm = join(process) if config.tensor_parallel_size > 1 else Comm()
+    return load_runner(config, process.model, backend, comm, phases)
 
 
-def make_runner(config: Config, model: ModelInfo, backend: Backend, comm: Comm) -> ModelRunner:
-    """Load the model, plan the memory, allocate the cache."""
-    dtype = choose_dtype(config.dtype, backend)
-    decoder = load_model(
+def load_runner(
+    config: Config, model: ModelInfo, backend: Backend, comm: Comm, phases: dict[str, float] | None = None
+) -> ModelRunner:
+    """Load the weights and make the cache on a device that is there."""
+    phases = {} if phases is None else phases
+    begin_s = time.monotonic()
+    dtype = dtype_of(config.dtype, backend.capabilities.dtypes, "dtype")
+    loaded = load_model(
         Path(model.path),
         backend,
         comm,
@@ -58,49 +54,48 @@ def make_runner(config: Config, model: ModelInfo, backend: Backend, comm: Comm) 
         num_positions=model.max_model_len,
         seed=config.seed,
     )
-    kv_dtype = dtype if config.kv_dtype == "auto" else choose_dtype(config.kv_dtype, backend)
-    layout = KVLayout.build(decoder.kv_layers, config.block_size or backend.capabilities.block_size, kv_dtype)
-    layout = layout.with_blocks(plan_blocks(config, model, backend, layout))
+    phases["weights"] = time.monotonic() - begin_s
+    begin_s = time.monotonic()
+    on_cpu = backend.device.type == "cpu"
+    stored = (
+        dtype if config.kv_dtype == "auto" else dtype_of(config.kv_dtype, backend.capabilities.kv_dtypes, "kv_dtype")
+    )
+    layout = KVLayout.build(loaded.kv_layers, config.block_size or backend.capabilities.block_size, stored)
+    blocks = plan_blocks(
+        config, layout, backend.free_bytes(), model.max_model_len, on_cpu=on_cpu, ranks=config.tensor_parallel_size
+    )
+    pool = backend.make_kv_cache(layout.with_blocks(blocks))
+    phases["cache"] = time.monotonic() - begin_s
     limits = Limits(
         max_num_seqs=config.max_num_seqs,
         max_model_len=model.max_model_len,
-        max_step_tokens=config.max_step_tokens or max(DEFAULT_STEP_TOKENS, config.max_num_seqs),
+        max_step_tokens=config.max_step_tokens or STEP_TOKENS,
         vocab_size=model.vocab_size,
     )
-    pool = backend.make_kv_cache(layout)
-    return ModelRunner(decoder.forward, decoder.logits, backend, pool, limits, num_bytes(decoder))
+    return ModelRunner(loaded.forward, loaded.logits, backend, pool, limits, num_bytes(loaded))
 
 
-def choose_dtype(name: str, backend: Backend) -> torch.dtype:
-    """The torch type of --dtype; "auto" is the backend's first. Raises QuireError when the backend cannot."""
-    offered = backend.capabilities.dtypes
-    name = offered[0] if name == "auto" else name
-    if name not in offered:
-        text = f"--dtype: {name} is not available on {backend.capabilities.name}; choose {', '.join(offered)}"
-        raise QuireError("invalid_config", text, "dtype")
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+def join(process: Process) -> Comm:
+    """The group of ranks of this start."""
+    rank, size = process.index, process.config.tensor_parallel_size
+    epoch = meet(process.run_dir, rank, keep_waiting=lambda: not process.stopping)
+    collectives = "nccl" if torch.cuda.is_available() and process.config.device in ("auto", "cuda", "rocm") else "gloo"
+    return TorchComm(collectives, rank, size, process.run_dir, epoch=epoch)
 
 
-def plan_blocks(config: Config, model: ModelInfo, backend: Backend, layout: KVLayout) -> int:
-    """Blocks per KV group: what is asked for, or a share of the free memory, never more than could be used.
+def dtype_of(name: str, supported: tuple[str, ...], option: str) -> torch.dtype:
+    """The torch type of an option; "auto" is the device's best. Raises QuireError invalid_config."""
+    if name == "auto":
+        name = supported[0]
+    if name not in supported:
+        text = f"--{option.replace('_', '-')}: {name!r} is not available on this device; choose {', '.join(supported)}"
+        raise QuireError("invalid_config", text, option)
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
-    Raises QuireError invalid_config when not even one sequence of the longest length fits.
-    """
-    per_sequence = -(-model.max_model_len // layout.block_size) + 1
-    most = per_sequence * config.max_num_seqs + 1
-    if config.num_kv_blocks is not None:
-        return config.num_kv_blocks
-    if config.kv_gib is not None:
-        blocks = layout.blocks_in(int(config.kv_gib * 2**30))
-    elif backend.device.type == "cpu":
-        budget = min(CPU_CACHE_MAX_BYTES, int(backend.free_bytes() * CPU_CACHE_SHARE))
-        blocks = min(most, layout.blocks_in(budget))
-    else:
-        blocks = min(most, layout.blocks_in(backend.free_bytes()))
-    if blocks < per_sequence:
-        text = (
-            f"the KV cache would hold {max(0, blocks) * layout.block_size:,} tokens, less than one sequence of "
-            f"{model.max_model_len:,}; lower --max-model-len or raise --kv-gib"
-        )
-        raise QuireError("invalid_config", text, "kv_gib")
-    return int(blocks)
+
+def threads(config: Config) -> int:
+    """CPU threads of one rank: its share of the cores that this process may use."""
+    if config.torch_threads is not None:
+        return config.torch_threads
+    return max(1, len(os.sched_getaffinity(0)) // config.tensor_parallel_size)

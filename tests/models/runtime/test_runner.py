@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,14 +13,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from core.config import Config
 from core.messages import Batch, BlockCopy, NewSequence, RowBlocks, Scheduled
+from core.model_info import resolve
+from hw.comm import Comm
+from hw.select import select
 from models.runtime.build import load_runner
-from models.runtime.runner import Limits, ModelRunner
+from models.runtime.runner import ModelRunner
 from models.runtime.step import BadRow
 from quire import SamplingParams
-
-sys.path.insert(0, str(Path(__file__).parent))
-from driving import Driver, Stream  # noqa: E402
+from tests.models.runtime.driving import Driver, Stream
 
 FOLDER = Path(__file__).resolve().parents[3] / "models" / "builtin" / "tiny-chat"
 ROWS, LEN, BLOCK = 8, 512, 16
@@ -35,7 +36,8 @@ RICH = SamplingParams(
 @cache
 def runner() -> ModelRunner:
     torch.set_num_threads(1)
-    return load_runner(FOLDER, Limits(ROWS, LEN, 2048, 4096), num_blocks=ROWS * LEN // BLOCK, block_size=BLOCK)
+    config = Config(max_num_seqs=ROWS, num_kv_blocks=ROWS * LEN // BLOCK, block_size=BLOCK)
+    return load_runner(config, resolve("tiny-chat", max_model_len=LEN), select("cpu"), Comm())
 
 
 def drive(*streams: Stream, chunk: int = 1 << 30) -> list[Stream]:
@@ -56,7 +58,12 @@ def chat(text: str) -> list[int]:
     return ids
 
 
-PROMPTS = ["What is the capital of Hungary?", "What is 47 + 385?", "Write a Python function that adds two numbers.", "Hi"]
+PROMPTS = [
+    "What is the capital of Hungary?",
+    "What is 47 + 385?",
+    "Write a Python function that adds two numbers.",
+    "Hi",
+]
 
 
 @cache
@@ -178,16 +185,18 @@ def test_blocks_are_copied_before_the_step() -> None:
     full = len(prompt) // BLOCK
     mine = [*range(full), 30]
     own = [*range(full), 31, 32]
-    new = NewSequence(0, 0, prompt, [], GREEDY)
+    sampling = SamplingParams(temperature=0.0, logprobs=0)
+    new = NewSequence(0, 0, prompt, [], sampling)
     parent = Batch("", 1, [Scheduled(0, 0, len(prompt), True)], [new], blocks=[RowBlocks(0, 0, 0, mine)], reset=True)
     runner().forward(parent)
     drawn = runner().sample().results()[0].token_ids
-    fork = NewSequence(1, 1, prompt, drawn, GREEDY)
+    fork = NewSequence(1, 1, prompt, drawn, sampling)
     tables = [RowBlocks(1, 0, 0, own)]
     share = [Scheduled(0, len(prompt), 1, True), Scheduled(1, len(prompt), 1, True)]
     runner().forward(Batch("", 2, share, [fork], [], tables, [BlockCopy(0, 30, 31)]))
     results = runner().sample().results()
     assert results[0].token_ids == results[1].token_ids
+    assert results[0].logprobs[0].logprob == pytest.approx(results[1].logprobs[0].logprob, abs=1e-5)
 
 
 @pytest.mark.parametrize("make", [lambda: [4096], lambda: [-1], lambda: [5] * (LEN + 2)])
