@@ -65,7 +65,7 @@ def gumbel_noise(key0: torch.Tensor, key1: torch.Tensor, vocab: int) -> torch.Te
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """The contract's 32-bit mix of a temporary int32 tensor, in place: products wrap, a shift's sign bits are masked."""
+    """The contract's 32-bit mix, in place on an int32 tensor: products wrap, a shift's sign bits are masked."""
     x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_MULTIPLIER_1)
     x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_MULTIPLIER_2)
     return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
