@@ -109,7 +109,9 @@ def test_completion_logprobs_with_echo(client: Any) -> None:
     logprobs = answer.choices[0].logprobs
     assert logprobs.token_logprobs[0] is None
     assert all(value <= 0 for value in logprobs.token_logprobs[1:])
-    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) == len(logprobs.top_logprobs)
+    assert (
+        len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) == len(logprobs.top_logprobs)
+    )
     assert answer.choices[0].text.startswith("The quick brown")
 
 

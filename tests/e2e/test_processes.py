@@ -23,9 +23,9 @@ Serve = Callable[..., AbstractContextManager[Server]]
 ADD = [{"role": "user", "content": "What is 47 + 385?"}]
 
 
-def ask(server: Server, **extra: Any) -> Any:
+def ask(server: Server, messages: list[dict[str, str]] = ADD, **extra: Any) -> Any:
     with openai.OpenAI(base_url=server.url + "/v1", api_key="unused", max_retries=0, timeout=90) as client:
-        return client.chat.completions.create(model="tiny-chat", messages=ADD, temperature=0, **extra)
+        return client.chat.completions.create(model="tiny-chat", messages=messages, temperature=0, **extra)
 
 
 def run_folders() -> set[str]:
@@ -76,7 +76,10 @@ def test_api_stays_small_and_torch_free(server: Server) -> None:
 
 def test_worker_death_is_survived(serve: Serve) -> None:
     text = "Tell me a long story."
-    with serve() as server, openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0, timeout=90) as client:
+    with (
+        serve() as server,
+        openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0, timeout=90) as client,
+    ):
         request: dict[str, Any] = {
             "model": "tiny-chat",
             "messages": [{"role": "user", "content": text}],
@@ -99,6 +102,9 @@ def test_tensor_parallel_gives_the_same_and_restarts_together(serve: Serve, serv
     with serve("--tensor-parallel-size", "2") as pair:
         ranks = {role: pair.children()[role] for role in ("worker 0", "worker 1")}
         assert ask(pair).choices[0].message.content == ask(server).choices[0].message.content == "47 + 385 = 432."
+        story = [{"role": "user", "content": "Tell me a long story."}]
+        told = [ask(each, messages=story).choices[0].message.content for each in (pair, server)]
+        assert told[0] == told[1]
         ranks["worker 1"].kill()
         wait_gone(list(ranks.values()))
         wait_ready(pair)
@@ -128,3 +134,14 @@ def test_abandoned_connections_leave_no_request(server: Server) -> None:
         time.sleep(0.2)
     assert (engine["running"], engine["waiting"]) == (0, 0)
     assert ask(server).choices[0].message.content == "47 + 385 = 432."
+
+
+def test_int4_is_the_same_on_two_ranks(serve: Serve) -> None:
+    answers = []
+    for ranks in ("1", "2"):
+        with serve("--quantization", "int4", "--tensor-parallel-size", ranks) as server:
+            answers.append(ask(server, max_tokens=40, logprobs=True).choices[0])
+    one, two = answers
+    assert one.message.content == two.message.content
+    for a, b in zip(one.logprobs.content, two.logprobs.content, strict=True):
+        assert abs(a.logprob - b.logprob) < 1e-3

@@ -32,9 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--key", help="API key")
     parser.add_argument("--concurrency", default="1,8,64", help="requests in flight, a list")
     parser.add_argument("--rate", help="arrivals per second instead (Poisson), a list")
-    parser.add_argument(
-        "--requests", type=int, help="per measurement; default: 4 per concurrency, at least 16"
-    )
+    parser.add_argument("--requests", type=int, help="per measurement; default: 4 per concurrency, at least 16")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--output-tokens", type=int, default=256)
     parser.add_argument("--output-spread", type=float, default=0.0, help="output lengths vary by this share")
