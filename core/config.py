@@ -71,6 +71,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     prefix_caching: Annotated[bool, _option("reuse KV blocks of equal prefixes", "engine")] = True
     torch_threads: Annotated[Positive | None, _option("CPU threads of each worker", "engine")] = None
     seed: Annotated[int, _option("seed of random weights (--load-format dummy)", "engine")] = 0
+    cache_dir: Annotated[str, _option("folder of compiled kernels", "engine")] = str(Path.home() / ".cache" / "quire")
     # ---- null device
     null_step_ms: Annotated[float, Meta(ge=0), _option("time of a step without a model, in ms", "null device")] = 0.0
     null_step_table: Annotated[

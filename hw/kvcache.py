@@ -111,7 +111,7 @@ class KVCachePool:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """On a CPU, pages that the system makes (and zeroes) when they are first touched: gigabytes cost nothing at start."""
+    """On a CPU, pages that the system makes (zeroed) at their first touch: gigabytes cost nothing at start."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

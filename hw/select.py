@@ -1,13 +1,15 @@
 """Which backend serves: an ordered table, probed from the top. Adding one is one line here, or an entry point.
 
 A backend module offers `available() -> str | None` (None: usable; otherwise the reason why not) and
-`make(rank) -> Backend`. Modules are imported by name only when asked for, since they may need what is not installed.
+`make(rank, cache) -> Backend` (`cache`: folder for compiled code, or None). Modules are imported by name only when
+asked for, since they may need what is not installed.
 """
 
 from __future__ import annotations
 
 import importlib
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from core.errors import QuireError
@@ -17,9 +19,8 @@ BACKENDS: dict[str, str] = {
     "cuda": "hw.cuda.backend",
     "rocm": "hw.rocm.backend",
     "cpu": "hw.cpu.backend",
-    "null": "hw.null.backend",
 }
-AUTO = ("cuda", "rocm", "cpu")  # null computes nothing, so it is never chosen unasked
+AUTO = tuple(BACKENDS)
 ENTRY_POINTS = "quire.backends"  # of other distributions: name = "module"
 
 
@@ -28,8 +29,8 @@ def known() -> dict[str, str]:
     return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)} | BACKENDS
 
 
-def select(device: str, rank: int = 0) -> Backend:
-    """The backend for `--device`; "auto" takes the first that is usable.
+def select(device: str, rank: int = 0, cache: Path | None = None) -> Backend:
+    """The backend for `--device`; "auto" takes the first that is usable. `cache`: folder for compiled code.
 
     Raises:
         QuireError invalid_config: the name is unknown, or the device is not there (with the reason).
@@ -40,14 +41,14 @@ def select(device: str, rank: int = 0) -> Backend:
         for name in (*others, *AUTO):
             module, reason = _probe(table[name])
             if reason is None:
-                return _make(module, rank)
+                return _make(module, rank, cache)
         raise _error(f"no usable device; install torch for one of: {', '.join(table)}")
     if device not in table:
         raise _error(f"--device: {device!r} is not known; choose one of: auto, {', '.join(table)}")
     module, reason = _probe(table[device])
     if reason is not None:
         raise _error(f"--device: {device!r} cannot be used: {reason}")
-    return _make(module, rank)
+    return _make(module, rank, cache)
 
 
 def _probe(name: str) -> tuple[Any, str | None]:
@@ -58,8 +59,8 @@ def _probe(name: str) -> tuple[Any, str | None]:
     return module, module.available()
 
 
-def _make(module: Any, rank: int) -> Backend:
-    backend: Backend = module.make(rank)
+def _make(module: Any, rank: int, cache: Path | None) -> Backend:
+    backend: Backend = module.make(rank, cache)
     return backend
 
 

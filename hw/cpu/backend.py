@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import torch
 
 from hw.backend import Capabilities
 from hw.comm import Comm
+from hw.cpu import native
+from hw.cpu.native_ops import NativeOps
 from hw.cpu.ops import CpuOps
 from hw.kvcache import KVCachePool, KVLayout
 from hw.ops import Ops
 
 
 class CpuBackend:
-    """See hw.backend.Backend."""
+    """See hw.backend.Backend. `cache`: folder of compiled native code; None: plain torch only, the oracle."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: Path | None = None) -> None:
         self.device = torch.device("cpu")
-        self.ops: Ops = CpuOps()
+        library = native.load(cache) if cache is not None else None
+        self.ops: Ops = CpuOps() if library is None else NativeOps(library, torch.get_num_threads())
         self.capabilities = Capabilities(
             name="cpu",
             device_name=f"CPU, {torch.get_num_threads()} threads",
@@ -64,6 +68,6 @@ def available() -> str | None:
     return None
 
 
-def make(rank: int) -> CpuBackend:
-    """All ranks share the machine's CPU."""
-    return CpuBackend()
+def make(rank: int, cache: Path | None) -> CpuBackend:
+    """All ranks share the machine's CPU. Native code is kept in `cache`."""
+    return CpuBackend(cache)

@@ -143,7 +143,7 @@ def _first_block(position: int, window: int | None, size: int) -> int:
 
 
 def _block_index(blocks: list[list[int]], kv_heads: int) -> torch.Tensor:
-    """Blocks per sequence (equal counts) -> rows [seqs, kv_heads, blocks] of the cache seen as [blocks * kv_heads, …]."""
+    """Blocks per sequence (equal counts) -> rows [seqs, kv_heads, blocks] of the cache as [blocks * kv_heads, …]."""
     return torch.tensor(blocks)[:, None, :] * kv_heads + torch.arange(kv_heads)[None, :, None]
 
 

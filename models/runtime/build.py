@@ -32,7 +32,7 @@ def build_runner(process: Process, phases: dict[str, float]) -> ModelRunner:
     """
     config, rank = process.config, process.index
     torch.set_num_threads(threads(config))
-    backend = select(config.device, rank)
+    backend = select(config.device, rank, Path(config.cache_dir))
     comm = join(process) if config.tensor_parallel_size > 1 else Comm()
     return load_runner(config, process.model, backend, comm, phases)
 

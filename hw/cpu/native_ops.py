@@ -1,0 +1,158 @@
+"""NativeOps: CpuOps with the decode-time work of float32 models in one native call each, instead of many of torch's."""
+
+from __future__ import annotations
+
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from hw.cpu.ops import CpuOps
+from hw.ops import ActFormat, Activation, LayerCache, StepInputs
+
+MAX_ROWS = 64  # above, torch's threads win
+SPLIT_KEYS = 4096  # keys of a step above which attention is shared among threads; below, waking them costs more
+
+
+class NativeOps(CpuOps):
+    """What the library does not do (bfloat16, long prompts) goes the way of CpuOps."""
+
+    def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
+        super().__init__()
+        self._library = library
+        self._num_threads = num_threads
+        self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: ActFormat) -> Activation:
+        if not _native(x, weight):
+            return super().rms_norm(x, weight, eps, out)
+        result = torch.empty_like(x)
+        self._library.add_rms_norm(
+            None, x.data_ptr(), weight.data_ptr(), None, result.data_ptr(), x.shape[0], x.shape[1], eps
+        )
+        return result
+
+    def add_rms_norm(
+        self, x: Activation, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: ActFormat
+    ) -> tuple[Activation, torch.Tensor]:
+        if not (_native(x, weight) and residual.is_contiguous()):
+            return super().add_rms_norm(x, residual, weight, eps, out)
+        result, total = torch.empty_like(x), torch.empty_like(residual)
+        self._library.add_rms_norm(
+            x.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            total.data_ptr(),
+            result.data_ptr(),
+            x.shape[0],
+            x.shape[1],
+            eps,
+        )
+        return result, total
+
+    def silu_mul(self, gate_up: Activation, out: ActFormat) -> Activation:
+        if not _native(gate_up):
+            return super().silu_mul(gate_up, out)
+        rows, both = gate_up.shape
+        result = gate_up.new_empty(rows, both // 2)
+        self._library.silu_mul(gate_up.data_ptr(), result.data_ptr(), rows, both // 2)
+        return result
+
+    def rope_cache(
+        self,
+        qkv: Activation,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        rope: torch.Tensor,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
+        cache: LayerCache,
+        inputs: StepInputs,
+    ) -> torch.Tensor:
+        slots = inputs.groups[cache.group].slots
+        if not (_native(qkv, cache.k) and slots.dtype == inputs.positions.dtype == torch.int32):
+            return super().rope_cache(qkv, num_heads, num_kv_heads, head_dim, rope, q_norm, k_norm, eps, cache, inputs)
+        q: torch.Tensor = qkv.new_empty(qkv.shape[0], num_heads, head_dim)
+        self._library.rope_cache(
+            qkv.data_ptr(),
+            q.data_ptr(),
+            cache.k.data_ptr(),
+            cache.v.data_ptr(),
+            rope.data_ptr(),
+            inputs.positions.data_ptr(),
+            slots.data_ptr(),
+            None if q_norm is None else q_norm.data_ptr(),
+            None if k_norm is None else k_norm.data_ptr(),
+            eps,
+            qkv.shape[0],
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            rope.shape[2],
+            cache.block_size,
+        )
+        return q
+
+    def attention(
+        self, q: torch.Tensor, cache: LayerCache, inputs: StepInputs, scale: float, window: int | None, out: ActFormat
+    ) -> Activation:
+        tables = inputs.groups[cache.group].block_tables
+        only_decodes = inputs.num_decodes == inputs.num_seqs == q.shape[0]
+        if not (only_decodes and _native(q, cache.k) and tables.is_contiguous() and tables.dtype == torch.int32):
+            return super().attention(q, cache, inputs, scale, window, out)
+        tokens, num_heads, head_dim = q.shape
+        num_kv_heads = cache.k.shape[1]
+        result = q.new_empty(tokens, num_heads * head_dim)
+        lengths = inputs.host.seq_lens
+        scratch_size = num_heads // num_kv_heads * max(lengths)
+        parts = self._parts(lengths)
+        scratch = q.new_empty(len(parts), scratch_size)
+
+        def run(part: int) -> None:
+            self._library.decode_attention(
+                q.data_ptr(),
+                cache.k.data_ptr(),
+                cache.v.data_ptr(),
+                tables.data_ptr(),
+                inputs.rows.data_ptr(),
+                inputs.seq_lens.data_ptr(),
+                result.data_ptr(),
+                scratch[part].data_ptr(),
+                *parts[part],
+                tables.shape[1],
+                num_heads,
+                num_kv_heads,
+                head_dim,
+                cache.block_size,
+                -1 if window is None else window,
+                scale,
+            )
+
+        if self._pool is None or len(parts) == 1:
+            run(0)
+        else:
+            list(self._pool.map(run, range(len(parts))))
+        return result
+
+    def _parts(self, lengths: list[int]) -> list[tuple[int, int]]:
+        """Ranges of sequences of about equal work, one per thread; one range when there is little to do."""
+        total = sum(lengths)
+        if self._num_threads == 1 or total < SPLIT_KEYS or len(lengths) == 1:
+            return [(0, len(lengths))]
+        parts: list[tuple[int, int]] = []
+        start = sofar = 0
+        for index, length in enumerate(lengths):
+            sofar += length
+            if sofar >= total * (len(parts) + 1) / self._num_threads:
+                parts.append((start, index + 1))
+                start = index + 1
+        if start < len(lengths):
+            parts.append((start, len(lengths)))
+        return parts
+
+
+def _native(*tensors: torch.Tensor) -> bool:
+    """Whether the library takes these: float32, contiguous, few rows (of the first)."""
+    return tensors[0].shape[0] <= MAX_ROWS and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
