@@ -1,0 +1,51 @@
+"""What kernels must know of where they run, as compile-time constants."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+"""Triton's interpreter: bf16 arithmetic and bf16 dots are wrong there, so kernels widen what they load."""
+
+HIP = torch.version.hip is not None
+
+FP8 = torch.float8_e4m3fnuz if HIP else torch.float8_e4m3fn
+"""MI300X multiplies only the fnuz form natively; the other one would be emulated through float16."""
+
+FP8_MAX = 240.0 if HIP else 448.0
+
+
+def supports_pdl() -> bool:
+    """Whether dependent launches may overlap (Hopper and later): `griddepcontrol` neither assembles on HIP nor runs in
+    the interpreter."""
+    if HIP or INTERPRET.value or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability()[0] >= 9
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """Before the first read of what the previous kernel wrote. Every kernel of the chain must wait, or a later one
+    could read before an earlier one has finished."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def launch_next(PDL: tl.constexpr):
+    """Let the next kernel start; it still waits for this one's writes."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def to_fp8(x, LIMIT: tl.constexpr, DTYPE: tl.constexpr):
+    """float32 x, saturated at LIMIT, as FP8. The interpreter loses the carry of a mantissa that rounds up to the next
+    power of two, so there the value is rounded to 3 bits first."""
+    x = tl.clamp(x, -LIMIT, LIMIT)
+    if INTERPRET:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
