@@ -2,6 +2,7 @@
  * silu(gate) * up. Each function does what hw/cpu/ops.py says of its namesake; that file is the oracle.
  * Compiled once per machine by hw/cpu/native.py; all pointers are to contiguous rows, sizes are in elements. */
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -67,55 +68,85 @@ void rope_cache(const float *qkv, float *q, float *k_cache, float *v_cache, cons
     }
 }
 
-/* One sequence, one token: q [hq, d] over its keys [first, length). scores: [group, length]. */
-INLINE void attend(const float *q, const float *k_cache, const float *v_cache, const int32_t *table, long first,
-                   long length, long hq, long hkv, const long d, long block_size, float scale, float *out,
+/* One sequence, one token, one head: query [d] over the keys [first, length) of K/V head h. scores: [length].
+ * Whole blocks at a time: a division per position would cost more than its product. */
+INLINE void attend(const float *query, const float *k_cache, const float *v_cache, const int32_t *table, long first,
+                   long length, long h, long hkv, const long d, long block_size, float scale, float *out,
                    float *scores) {
-    const long group = hq / hkv;
-    for (long h = 0; h < hkv; h++) {
-        const float *query = q + h * group * d;
-        float *to = out + h * group * d;
-        for (long p = first; p < length; p++) {
-            const float *key = k_cache + (((long)table[p / block_size] * hkv + h) * block_size + p % block_size) * d;
-            for (long g = 0; g < group; g++) {
-                float dot = 0;
-                for (long i = 0; i < d; i++) dot += query[g * d + i] * key[i];
-                scores[g * length + p] = dot * scale;
-            }
+    float top = -INFINITY, sum = 0;
+    for (long b = first / block_size; b * block_size < length; b++) {
+        const long from = first > b * block_size ? first : b * block_size;
+        const long to = length < (b + 1) * block_size ? length : (b + 1) * block_size;
+        const float *keys = k_cache + (((long)table[b] * hkv + h) * block_size - b * block_size) * d;
+        for (long p = from; p < to; p++) {
+            float dot = 0;
+            for (long i = 0; i < d; i++) dot += query[i] * keys[p * d + i];
+            scores[p] = dot * scale;
+            top = scores[p] > top ? scores[p] : top;
         }
-        for (long g = 0; g < group; g++) {
-            float *s = scores + g * length, top = s[first], sum = 0;
-            for (long p = first; p < length; p++) top = s[p] > top ? s[p] : top;
-            for (long p = first; p < length; p++) s[p] = expf(s[p] - top);
-            for (long p = first; p < length; p++) sum += s[p];
-            for (long p = first; p < length; p++) s[p] /= sum;
-            for (long i = 0; i < d; i++) to[g * d + i] = 0;
-        }
-        for (long p = first; p < length; p++) {
-            const float *value = v_cache + (((long)table[p / block_size] * hkv + h) * block_size + p % block_size) * d;
-            for (long g = 0; g < group; g++) {
-                const float s = scores[g * length + p];
-                for (long i = 0; i < d; i++) to[g * d + i] += s * value[i];
-            }
-        }
+    }
+    for (long p = first; p < length; p++) scores[p] = expf(scores[p] - top);
+    for (long p = first; p < length; p++) sum += scores[p];
+    float result[d];
+    for (long i = 0; i < d; i++) result[i] = 0;
+    for (long b = first / block_size; b * block_size < length; b++) {
+        const long from = first > b * block_size ? first : b * block_size;
+        const long to = length < (b + 1) * block_size ? length : (b + 1) * block_size;
+        const float *values = v_cache + (((long)table[b] * hkv + h) * block_size - b * block_size) * d;
+        for (long p = from; p < to; p++)
+            for (long i = 0; i < d; i++) result[i] += scores[p] * values[p * d + i];
+    }
+    for (long i = 0; i < d; i++) out[i] = result[i] / sum;
+}
+
+/* The sequences of a step, one token each: q, out [sequences, hq, d]; tables [state rows, max_blocks].
+ * window < 0: none. scores: scratch of threads * stride, stride >= the longest length. */
+void decode_attention(const float *q, const float *k_cache, const float *v_cache, const int32_t *tables,
+                      const int32_t *rows, const int32_t *lengths, float *out, float *scores, long sequences,
+                      long max_blocks, long hq, long hkv, long d, long block_size, long window, long stride,
+                      long threads, float scale) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 4) if (threads > 1)
+    for (long work = 0; work < sequences * hq; work++) {
+        const long s = work / hq, head = work % hq, h = head / (hq / hkv);
+        const long length = lengths[s], first = window >= 0 && length > window ? length - window : 0;
+        const int32_t *table = tables + (long)rows[s] * max_blocks;
+        float *scratch = scores + omp_get_thread_num() * stride;
+        const float *query = q + work * d;
+        float *result = out + work * d;
+        if (d == 64)
+            attend(query, k_cache, v_cache, table, first, length, h, hkv, 64, block_size, scale, result, scratch);
+        else if (d == 128)
+            attend(query, k_cache, v_cache, table, first, length, h, hkv, 128, block_size, scale, result, scratch);
+        else
+            attend(query, k_cache, v_cache, table, first, length, h, hkv, d, block_size, scale, result, scratch);
     }
 }
 
-/* Sequences [from, to) of a step, one token each: q, out [sequences, hq, d]; tables [state rows, max_blocks].
- * window < 0: none. scores: scratch of group * (longest length). */
-void decode_attention(const float *q, const float *k_cache, const float *v_cache, const int32_t *tables,
-                      const int32_t *rows, const int32_t *lengths, float *out, float *scores, long from, long to,
-                      long max_blocks, long hq, long hkv, long d, long block_size, long window, float scale) {
-    for (long s = from; s < to; s++) {
-        const long length = lengths[s], first = window >= 0 && length > window ? length - window : 0;
-        const int32_t *table = tables + (long)rows[s] * max_blocks;
-        const float *query = q + s * hq * d;
-        float *result = out + s * hq * d;
-        if (d == 64)
-            attend(query, k_cache, v_cache, table, first, length, hq, hkv, 64, block_size, scale, result, scores);
-        else if (d == 128)
-            attend(query, k_cache, v_cache, table, first, length, hq, hkv, 128, block_size, scale, result, scores);
-        else
-            attend(query, k_cache, v_cache, table, first, length, hq, hkv, d, block_size, scale, result, scores);
+/* ---------------------------------------------------------------------------------------------- product
+ * y [n] = w[n, k] x (+ bias), shared among threads by rows of w. */
+
+INLINE float widen(uint16_t half) { /* bfloat16 to float32 */
+    const uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* One row of x against w in bfloat16: the product is bound by reading w, so half the bytes is twice the speed. */
+void product_half(const float *x, const uint16_t *w, const float *bias, float *y, long n, long k, long threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long block = 0; block < n / 4; block++) {
+        const uint16_t *r = w + block * 4 * k;
+        float a = 0, b = 0, c = 0, d = 0;
+        for (long i = 0; i < k; i++) {
+            a += widen(r[i]) * x[i];
+            b += widen(r[i + k]) * x[i];
+            c += widen(r[i + 2 * k]) * x[i];
+            d += widen(r[i + 3 * k]) * x[i];
+        }
+        float *to = y + block * 4;
+        to[0] = a, to[1] = b, to[2] = c, to[3] = d;
+        if (bias)
+            for (long j = 0; j < 4; j++) to[j] += bias[block * 4 + j];
     }
 }

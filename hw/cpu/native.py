@@ -19,14 +19,15 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("native.c")
 # Sums may be reordered and expf vectorised; compiled apart from linking, because linking with -ffast-math would make
 # the whole process flush denormals.
-COMPILE = ("-O3", "-march=native", "-ffast-math", "-fPIC", "-c")
+COMPILE = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fPIC", "-fopenmp", "-c")
 TIMEOUT_S = 60
 P, L, F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 SIGNATURES = {
     "add_rms_norm": [P, P, P, P, P, L, L, F],
     "silu_mul": [P, P, L, L],
     "rope_cache": [P] * 7 + [P, P, F] + [L] * 6,
-    "decode_attention": [P] * 8 + [L] * 8 + [F],
+    "decode_attention": [P] * 8 + [L] * 9 + [F],
+    "product_half": [P] * 4 + [L] * 3,
 }
 
 log = logging.getLogger("quire.cpu")
@@ -68,7 +69,7 @@ def _compile(compiler: str, path: Path) -> None:
         part, library = Path(folder, "native.o"), Path(folder, "native.so")
         for command in (
             [compiler, *COMPILE, str(SOURCE), "-o", str(part)],
-            [compiler, "-shared", str(part), "-o", str(library), "-lm"],
+            [compiler, "-shared", "-fopenmp", str(part), "-o", str(library), "-lm"],
         ):
             subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT_S)
         os.replace(library, path)  # several workers may do this at once; each leaves a whole file

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -11,7 +10,7 @@ from hw.cpu.ops import CpuOps
 from hw.ops import ActFormat, Activation, LayerCache, StepInputs
 
 MAX_ROWS = 64  # above, torch's threads win
-SPLIT_KEYS = 4096  # keys of a step above which attention is shared among threads; below, waking them costs more
+SPLIT_KEYS = 2048  # keys times heads from which attention is shared among threads; below, waking them costs more
 
 
 class NativeOps(CpuOps):
@@ -21,7 +20,28 @@ class NativeOps(CpuOps):
         super().__init__()
         self._library = library
         self._num_threads = num_threads
-        self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
+        # Weights never change once they are loaded. The copy is made at a weight's first use, which is a warm-up's.
+        self._halves: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+
+    def linear(self, x: Activation, weight: torch.Tensor, bias: torch.Tensor | None) -> Activation:
+        half = self._half_of(weight) if x.shape[0] == 1 and _native(x, weight) else None
+        if half is None:
+            return super().linear(x, weight, bias)
+        result = x.new_empty(1, weight.shape[0])
+        at = None if bias is None else bias.data_ptr()
+        self._library.product_half(
+            x.data_ptr(), half.data_ptr(), at, result.data_ptr(), *weight.shape, self._num_threads
+        )
+        return result
+
+    def _half_of(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """The weight in bfloat16 when that loses nothing, as for every checkpoint that is stored so; else None."""
+        known = self._halves.get(id(weight))
+        if known is None or known[0] is not weight:
+            half = weight.bfloat16()
+            exact = weight.shape[0] % 4 == 0 and bool((half.float() == weight).all())
+            known = self._halves[id(weight)] = (weight, half if exact else None)
+        return known[1]
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: ActFormat) -> Activation:
         if not _native(x, weight):
@@ -105,52 +125,30 @@ class NativeOps(CpuOps):
         tokens, num_heads, head_dim = q.shape
         num_kv_heads = cache.k.shape[1]
         result = q.new_empty(tokens, num_heads * head_dim)
-        lengths = inputs.host.seq_lens
-        scratch_size = num_heads // num_kv_heads * max(lengths)
-        parts = self._parts(lengths)
-        scratch = q.new_empty(len(parts), scratch_size)
-
-        def run(part: int) -> None:
-            self._library.decode_attention(
-                q.data_ptr(),
-                cache.k.data_ptr(),
-                cache.v.data_ptr(),
-                tables.data_ptr(),
-                inputs.rows.data_ptr(),
-                inputs.seq_lens.data_ptr(),
-                result.data_ptr(),
-                scratch[part].data_ptr(),
-                *parts[part],
-                tables.shape[1],
-                num_heads,
-                num_kv_heads,
-                head_dim,
-                cache.block_size,
-                -1 if window is None else window,
-                scale,
-            )
-
-        if self._pool is None or len(parts) == 1:
-            run(0)
-        else:
-            list(self._pool.map(run, range(len(parts))))
+        longest = max(inputs.host.seq_lens)
+        threads = 1 if sum(inputs.host.seq_lens) * num_heads < SPLIT_KEYS else self._num_threads
+        scores = q.new_empty(threads, longest)
+        self._library.decode_attention(
+            q.data_ptr(),
+            cache.k.data_ptr(),
+            cache.v.data_ptr(),
+            tables.data_ptr(),
+            inputs.rows.data_ptr(),
+            inputs.seq_lens.data_ptr(),
+            result.data_ptr(),
+            scores.data_ptr(),
+            tokens,
+            tables.shape[1],
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            cache.block_size,
+            -1 if window is None else window,
+            longest,
+            threads,
+            scale,
+        )
         return result
-
-    def _parts(self, lengths: list[int]) -> list[tuple[int, int]]:
-        """Ranges of sequences of about equal work, one per thread; one range when there is little to do."""
-        total = sum(lengths)
-        if self._num_threads == 1 or total < SPLIT_KEYS or len(lengths) == 1:
-            return [(0, len(lengths))]
-        parts: list[tuple[int, int]] = []
-        start = sofar = 0
-        for index, length in enumerate(lengths):
-            sofar += length
-            if sofar >= total * (len(parts) + 1) / self._num_threads:
-                parts.append((start, index + 1))
-                start = index + 1
-        if start < len(lengths):
-            parts.append((start, len(lengths)))
-        return parts
 
 
 def _native(*tensors: torch.Tensor) -> bool:

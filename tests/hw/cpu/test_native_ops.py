@@ -59,6 +59,18 @@ def test_norms(ops: NativeOps, size: int) -> None:
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 17, 32, 33])
+@pytest.mark.parametrize(("num_out", "num_in"), [(64, 48), (37, 250), (200, 704)])
+@pytest.mark.parametrize("stored_in_half", [False, True])
+def test_linear(ops: NativeOps, rows: int, num_out: int, num_in: int, stored_in_half: bool) -> None:
+    x, weight, bias = torch.randn(rows, num_in), torch.randn(num_out, num_in), torch.randn(num_out)
+    if stored_in_half:
+        weight = weight.bfloat16().float()
+    for b in (None, bias):
+        want = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
+        torch.testing.assert_close(ops.linear(x, weight, b).double(), want, atol=2e-4, rtol=1e-4)
+
+
 def test_silu_mul(ops: NativeOps) -> None:
     x = torch.randn(5, 2 * 77) * 20
     torch.testing.assert_close(ops.silu_mul(x, PLAIN), CpuOps().silu_mul(x, PLAIN), atol=1e-4, rtol=1e-5)
