@@ -34,6 +34,7 @@ def freeze_heap() -> None:
     """Take what start-up made out of the garbage collector's sight: a collection in a hot loop then stays short."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 20, 100)  # the loops make no cycles; the default would look for some every few steps
 
 
 def die_with_parent(parent_pid: int) -> None:

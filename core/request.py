@@ -29,9 +29,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "capacity", "choice", "era", "highest", "in_flight", "keys", "max_output", "num_computed", "num_scheduled",
-        "order", "output_ids", "pending", "prompt_ids", "prompt_logprobs_done", "published", "request", "row", "state",
-        "tables",
+        "capacity", "choice", "era", "highest", "in_flight", "keys", "max_output", "num_computed",
+        "num_prompt", "num_scheduled", "order", "output_ids", "pending", "prompt_ids", "prompt_logprobs_done",
+        "publish_at", "published", "request", "row", "state", "tables",
     )  # fmt: skip
 
     def __init__(self, request: Request, choice: int, output_ids: list[int], order: tuple[int, int, int]) -> None:
@@ -39,6 +39,7 @@ class Sequence:
         self.choice = choice
         self.order = order
         self.prompt_ids = request.prompt_ids
+        self.num_prompt = len(request.prompt_ids)
         self.output_ids = output_ids
         self.max_output = request.max_output
         self.state = State.WAITING
@@ -47,6 +48,7 @@ class Sequence:
         self.capacity = 0  # positions that the tables hold
         self.keys: list[bytes] = []  # hashes of full blocks whose tokens are known
         self.published = 0  # blocks offered to the prefix cache
+        self.publish_at = 0  # computed positions from which another block can be offered
         self.num_scheduled = 0
         self.num_computed = 0
         self.highest = 0  # most positions ever scheduled: below it, computing is computing again

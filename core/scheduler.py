@@ -52,6 +52,8 @@ class Counters:
     recomputed_tokens: int = 0
 
 
+RUNNING, FINISHED = State.RUNNING, State.FINISHED  # looked up once: the loops below run for every row of every step
+
 # One row of a step in flight: the sequence, its era, the step's positions [start, end), whether it samples.
 Entry = tuple[Sequence, int, int, int, bool]
 
@@ -205,29 +207,33 @@ class Scheduler:
         block_size = self.groups.block_size
         room = self.limits.max_step_tokens
         sliding = any(spec.window is not None for spec in self.groups.specs)
+        scheduled, entries = step.scheduled, step.entries
         for sequence in list(self.running):
-            if sequence.state is not State.RUNNING:
+            if sequence.state is not RUNNING:
                 continue  # preempted for one that came before it
             start = sequence.num_scheduled
-            total = len(sequence.prompt_ids) + len(sequence.output_ids) + sequence.pending
-            if total - start != 1 or (sequence.pending == 0 and start < len(sequence.prompt_ids)):
+            pending = sequence.pending
+            num_output = len(sequence.output_ids) + pending
+            total = sequence.num_prompt + num_output
+            if total - start != 1 or (pending == 0 and start < sequence.num_prompt):
                 if total > start:
                     prefills.append(sequence)
                 continue
-            if len(sequence.output_ids) + sequence.pending >= sequence.max_output or room <= 0:
+            if num_output >= sequence.max_output or room <= 0:
                 continue
             if start >= sequence.capacity and not self._make_room(step, sequence, 1):
                 continue
             if sliding and start % block_size == 0:
                 self.groups.slide(sequence.tables, start)
             room -= 1
-            sequence.num_scheduled = start + 1
-            sequence.pending += 1
+            sequence.num_scheduled = total
+            sequence.pending = pending + 1
             sequence.in_flight += 1
-            step.scheduled.append(Scheduled(sequence.row, start, 1, True))
-            step.entries[sequence.row] = (sequence, sequence.era, start, start + 1, True)
+            row = sequence.row
+            scheduled.append(Scheduled(row, start, 1, True))
+            entries[row] = (sequence, sequence.era, start, total, True)
         step.num_tokens = len(step.scheduled)
-        return [s for s in prefills if s.state is State.RUNNING]
+        return [s for s in prefills if s.state is RUNNING]
 
     def _schedule_chunk(self, step: _Step, sequence: Sequence, budget: int) -> int:
         """Compute up to `budget` known tokens of a running sequence; returns how many."""
@@ -392,7 +398,7 @@ class Scheduler:
         self._leave(sequence)
         sequence.era += 1
         sequence.highest = max(sequence.highest, sequence.num_scheduled)
-        sequence.num_scheduled = sequence.num_computed = sequence.published = 0
+        sequence.num_scheduled = sequence.num_computed = sequence.published = sequence.publish_at = 0
         self.counters.preemptions += 1
         self._wait(sequence, State.PREEMPTED)
         self._orphan_forks(sequence)
@@ -443,21 +449,35 @@ class Scheduler:
             sequence.in_flight -= 1
             if sampled:
                 sequence.pending -= 1
-            if sequence.state is State.FINISHED:
+            if sequence.state is FINISHED:
                 continue
-            if era == sequence.era:
+            current = era == sequence.era
+            if current:
                 sequence.num_computed = end
             answer = answers.get(row)
             if answer is not None and (output := self._take(sequence, answer, start)) is not None:
                 outputs.append(output)
-            if sequence.state is State.RUNNING and era == sequence.era:
+            if current and end >= sequence.publish_at and sequence.state is RUNNING:
                 self._publish(sequence)
         return outputs
 
     def _take(self, sequence: Sequence, answer: RowResult, start: int) -> SequenceOutput | None:
         """Append an answer's tokens up to the end of the sequence. `start`: the first position that it computed."""
         request = sequence.request
-        first = len(sequence.output_ids)
+        output_ids = sequence.output_ids
+        first = len(output_ids)
+        ids = answer.token_ids
+        plain = len(ids) == 1 and not answer.prompt_logprobs
+        if plain and 0 < first < sequence.max_output - 1 and ids[0] not in request.ends:
+            # The common case, in as few operations as it takes: one more token in the middle of an answer.
+            output_ids.append(ids[0])
+            self.counters.output_tokens += 1
+            if sequence.state is not RUNNING:
+                self._waiting_tokens += 1
+            submit = request.submit
+            return SequenceOutput(
+                submit.request_id, sequence.choice, first, ids, answer.logprobs, None, None, 0, [], submit.epoch
+            )
         finish_reason: str | None = None
         stop_reason: int | None = None
         taken: list[int] = []
@@ -504,6 +524,7 @@ class Scheduler:
                 keys = sequence.block_keys(block_size, stop)
                 self.groups.publish(sequence.tables, keys, sequence.published, stop)
             sequence.published = stop
+        sequence.publish_at = (sequence.published + 1) * block_size
 
 
 class _Step:

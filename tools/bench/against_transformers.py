@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--requests", type=int, default=12, help="one at a time")
-    parser.add_argument("--batches", type=int, default=3, help="static batches of 16")
+    parser.add_argument("--batches", type=int, default=6, help="static batches of 16")
     arguments = parser.parse_args(argv)
     info = resolve(arguments.model)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(info.path, dtype=torch.float32).eval()

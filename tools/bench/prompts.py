@@ -45,7 +45,7 @@ TOOL = (
 
 
 def draw(count: int, seed: int = 0) -> list[list[dict[str, str]]]:
-    """`count` conversations: sums, comparisons, facts, words, JSON, Python, tools, stories, and some of several turns."""
+    """`count` conversations: sums, comparisons, facts, words, JSON, Python, tools, stories; some of several turns."""
     rng = random.Random(seed)
     return [_one(rng, index) for index in range(count)]
 
