@@ -20,17 +20,20 @@ class NativeOps(CpuOps):
         super().__init__()
         self._library = library
         self._num_threads = num_threads
+        # A one-row product is over in microseconds. On two cores the server's other processes run on the second one,
+        # and waiting for a thread that they hold up costs more than half of the product saves.
+        self._product_threads = num_threads if num_threads > 2 else 1
         # Weights never change once they are loaded. The copy is made at a weight's first use, which is a warm-up's.
         self._halves: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def linear(self, x: Activation, weight: torch.Tensor, bias: torch.Tensor | None) -> Activation:
-        half = self._half_of(weight) if x.shape[0] == 1 and _native(x, weight) else None
+        half = self._half_of(weight) if x.shape[0] == 1 and _native(x) else None
         if half is None:
             return super().linear(x, weight, bias)
         result = x.new_empty(1, weight.shape[0])
         at = None if bias is None else bias.data_ptr()
         self._library.product_half(
-            x.data_ptr(), half.data_ptr(), at, result.data_ptr(), *weight.shape, self._num_threads
+            x.data_ptr(), half.data_ptr(), at, result.data_ptr(), *weight.shape, self._product_threads
         )
         return result
 
@@ -44,7 +47,7 @@ class NativeOps(CpuOps):
         return known[1]
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, out: ActFormat) -> Activation:
-        if not _native(x, weight):
+        if not _native(x):
             return super().rms_norm(x, weight, eps, out)
         result = torch.empty_like(x)
         self._library.add_rms_norm(
@@ -55,7 +58,7 @@ class NativeOps(CpuOps):
     def add_rms_norm(
         self, x: Activation, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: ActFormat
     ) -> tuple[Activation, torch.Tensor]:
-        if not (_native(x, weight) and residual.is_contiguous()):
+        if not (_native(x) and residual.is_contiguous()):
             return super().add_rms_norm(x, residual, weight, eps, out)
         result, total = torch.empty_like(x), torch.empty_like(residual)
         self._library.add_rms_norm(
@@ -92,7 +95,9 @@ class NativeOps(CpuOps):
         inputs: StepInputs,
     ) -> torch.Tensor:
         slots = inputs.groups[cache.group].slots
-        if not (_native(qkv, cache.k) and slots.dtype == inputs.positions.dtype == torch.int32):
+        if not (
+            _native(qkv) and cache.k.dtype is torch.float32 and slots.dtype == inputs.positions.dtype == torch.int32
+        ):
             return super().rope_cache(qkv, num_heads, num_kv_heads, head_dim, rope, q_norm, k_norm, eps, cache, inputs)
         q: torch.Tensor = qkv.new_empty(qkv.shape[0], num_heads, head_dim)
         self._library.rope_cache(
@@ -120,7 +125,13 @@ class NativeOps(CpuOps):
     ) -> Activation:
         tables = inputs.groups[cache.group].block_tables
         only_decodes = inputs.num_decodes == inputs.num_seqs == q.shape[0]
-        if not (only_decodes and _native(q, cache.k) and tables.is_contiguous() and tables.dtype == torch.int32):
+        if not (
+            only_decodes
+            and _native(q)
+            and cache.k.dtype is torch.float32
+            and tables.is_contiguous()
+            and tables.dtype == torch.int32
+        ):
             return super().attention(q, cache, inputs, scale, window, out)
         tokens, num_heads, head_dim = q.shape
         num_kv_heads = cache.k.shape[1]
@@ -151,6 +162,6 @@ class NativeOps(CpuOps):
         return result
 
 
-def _native(*tensors: torch.Tensor) -> bool:
-    """Whether the library takes these: float32, contiguous, few rows (of the first)."""
-    return tensors[0].shape[0] <= MAX_ROWS and all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+def _native(x: torch.Tensor) -> bool:
+    """Whether the library takes this activation: float32, contiguous, few rows. Weights are of the same type."""
+    return x.dtype is torch.float32 and x.shape[0] <= MAX_ROWS and x.is_contiguous()
