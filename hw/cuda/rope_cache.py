@@ -1,5 +1,6 @@
 """rope_cache: per-head norm, rotation, and the write of K and V to the paged cache, in one kernel."""
 
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,unused-ignore"
 from __future__ import annotations
 
 import torch
@@ -102,7 +103,7 @@ def rope_cache(
     rows, width = product.shape
     block_size = k_cache.shape[2]
     if width != (num_heads + 2 * num_kv_heads) * head_dim:
-        raise ValueError(f"qkv has {width} columns; {num_heads}+2*{num_kv_heads} heads of {head_dim} need another number")
+        raise ValueError(f"qkv has {width} columns, not {num_heads} + 2 * {num_kv_heads} heads of {head_dim}")
     if k_cache.shape != v_cache.shape or k_cache.shape[1] != num_kv_heads or k_cache.shape[3] != head_dim:
         raise ValueError(f"cache {tuple(k_cache.shape)} does not fit {num_kv_heads} heads of {head_dim}")
     if positions.shape != (rows,) or slots.shape != (rows,) or not rope.is_contiguous() or rope.dtype != torch.float32:

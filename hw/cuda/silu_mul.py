@@ -1,5 +1,6 @@
 """silu_mul: the gated activation of the feed-forward block, with the quantisation of its result."""
 
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,unused-ignore"
 from __future__ import annotations
 
 import torch
@@ -22,9 +23,11 @@ def silu_mul_kernel(
     wait(PDL)
     launch_next(PDL)
     gate = load_product(
-        values, row_scale, col_scale, bias, row, cols, mask, rows, 2 * width, SPLITS, SCALED, BIASED)  # fmt: skip
+        values, row_scale, col_scale, bias, row, cols, mask, rows, 2 * width, SPLITS, SCALED, BIASED
+    )  # fmt: skip
     up = load_product(
-        values, row_scale, col_scale, bias, row, width + cols, mask, rows, 2 * width, SPLITS, SCALED, BIASED)  # fmt: skip
+        values, row_scale, col_scale, bias, row, width + cols, mask, rows, 2 * width, SPLITS, SCALED, BIASED
+    )  # fmt: skip
     y = gate / (1.0 + tl.exp(-gate)) * up
     if QUANT_MAX > 0:
         scale = tl.maximum(tl.max(tl.abs(y), 0) / QUANT_MAX, 1e-12)

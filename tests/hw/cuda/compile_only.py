@@ -74,7 +74,8 @@ def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 
 def product(tokens: int, width: int, splits: int) -> Product:
-    return Product(empty(F32 if splits > 1 else BF16, splits, tokens, width), BF16, empty(F32, tokens), empty(F32, width))
+    values = empty(F32 if splits > 1 else BF16, splits, tokens, width)
+    return Product(values, BF16, empty(F32, tokens), empty(F32, width))
 
 
 def compile_all() -> None:

@@ -1,4 +1,4 @@
-"""Every kernel against plain torch, fresh random inputs each time: in the interpreter, or on a GPU where there is one."""
+"""Every kernel against plain torch, fresh random inputs each time: in the interpreter, or on a GPU."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import oracle  # noqa: E402
+import oracle
 
-from hw.cuda.add_rms_norm import add_rms_norm, rms_norm  # noqa: E402
-from hw.cuda.attention_decode import attention_decode  # noqa: E402
-from hw.cuda.attention_prefill import attention_prefill  # noqa: E402
-from hw.cuda.embed import embed  # noqa: E402
-from hw.cuda.fp8_linear import fp8_linear  # noqa: E402
-from hw.cuda.product import Fp8, Product, finish  # noqa: E402
-from hw.cuda.rope_cache import rope_cache  # noqa: E402
-from hw.cuda.sample import sample  # noqa: E402
-from hw.cuda.silu_mul import silu_mul  # noqa: E402
+from hw.cuda.add_rms_norm import add_rms_norm, rms_norm
+from hw.cuda.attention_decode import attention_decode
+from hw.cuda.attention_prefill import attention_prefill
+from hw.cuda.embed import embed
+from hw.cuda.fp8_linear import fp8_linear
+from hw.cuda.product import Fp8, Product, finish
+from hw.cuda.rope_cache import rope_cache
+from hw.cuda.sample import sample
+from hw.cuda.silu_mul import silu_mul
 
 BF16, F32, F8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 BF16_ERROR, FP8_ERROR = 1e-2, 4e-2
@@ -30,7 +30,9 @@ GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 
 
-def make_product(device: torch.device, tokens: int, width: int, splits: int, bias: bool) -> tuple[Product, torch.Tensor]:
+def make_product(
+    device: torch.device, tokens: int, width: int, splits: int, bias: bool
+) -> tuple[Product, torch.Tensor]:
     """A random unfinished product, and what it means in float32."""
     values = torch.randn(splits, tokens, width, device=device)
     row, col = torch.rand(tokens, device=device) + 0.5, torch.rand(width, device=device) + 0.5

@@ -1,0 +1,104 @@
+"""The CUDA backend: Hopper GPUs with FP8 and graphs; older ones in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import triton
+
+from hw.backend import Capabilities
+from hw.comm import Comm
+from hw.cuda.ops import CudaOps
+from hw.cuda.product import Product, finish
+from hw.cuda.target import supports_pdl
+from hw.kvcache import KVCachePool, KVLayout
+from hw.ops import Ops
+
+MIN_COMPUTE_CAPABILITY = (8, 0)  # bfloat16 products
+FP8_COMPUTE_CAPABILITY = (8, 9)  # e4m3 products
+
+
+class CudaBackend:
+    """See hw.backend.Backend. One object per device, and its process's only one."""
+
+    def __init__(self, index: int) -> None:
+        torch.cuda.set_device(index)
+        self.device = torch.device("cuda", index)
+        properties = torch.cuda.get_device_properties(index)
+        fp8 = (properties.major, properties.minor) >= FP8_COMPUTE_CAPABILITY
+        self.ops: Ops = CudaOps(self.device, supports_pdl())
+        self.capabilities = Capabilities(
+            name="cuda",
+            device_name=properties.name,
+            dtypes=("bfloat16", "float32"),
+            kv_dtypes=("bfloat16", "float32", "fp8") if fp8 else ("bfloat16", "float32"),
+            schemes=("none", "fp8") if fp8 else ("none",),
+            graphs=True,
+            block_size=16,
+            ideal_step_tokens=160,
+            memory_bytes=properties.total_memory,
+        )
+
+    def free_bytes(self) -> int:
+        """What the driver would still give, with torch's own unused memory handed back first."""
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(self.device)[0])
+
+    def make_kv_cache(self, layout: KVLayout) -> KVCachePool:
+        """FP8 storage gets a scale per layer for K and for V, 1 until it is set (see LayerCache)."""
+        pool = KVCachePool(layout, self.device)
+        if layout.dtype.itemsize == 1:
+            scales = torch.ones(len(pool.layers), 2, dtype=torch.float32, device=self.device)
+            pool.layers = [
+                replace(cache, k_scale=scale[0], v_scale=scale[1])
+                for cache, scale in zip(pool.layers, scales, strict=True)
+            ]
+        return pool
+
+    def all_reduce(self, x: torch.Tensor | Product, comm: Comm) -> torch.Tensor:
+        return comm.all_reduce(finish(x))
+
+    def copy_blocks(self, pool: KVCachePool, group: int, pairs: list[tuple[int, int]]) -> None:
+        if not pairs:
+            return
+        source, target = torch.tensor(pairs).to(self.device, non_blocking=True).unbind(1)
+        for cache in pool.of_group(group):
+            for store in (cache.k, cache.v):
+                raw = store.view(torch.uint8) if store.dtype.itemsize == 1 else store
+                raw[target] = raw[source]
+
+    def to_host(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        copy.copy_(tensor, non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+
+        def result() -> torch.Tensor:
+            done.synchronize()
+            return copy
+
+        return result
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+
+def available() -> str | None:
+    """None, or why there is no usable device."""
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if torch.cuda.get_device_capability() < MIN_COMPUTE_CAPABILITY:
+        return f"{torch.cuda.get_device_name()} has no bfloat16 products; compute capability 8.0 is needed"
+    return None
+
+
+def make(rank: int, cache: Path | None) -> CudaBackend:
+    """The device of a rank. Compiled kernels are kept in `cache`."""
+    if cache is not None:
+        triton.knobs.cache.dir = str(cache / "triton")
+    return CudaBackend(rank)
