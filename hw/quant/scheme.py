@@ -16,6 +16,7 @@ from hw.ops import ActFormat, Activation, Ops
 
 SCHEMES = {
     "none": "hw.quant.none",
+    "fp8": "hw.quant.fp8",
     "int8": "hw.quant.int8",
     "int4": "hw.quant.int4",
 }
