@@ -135,8 +135,8 @@ class Harness:
         self.limits = Limits(rows, tokens, max_model_len=60, ideal_step_tokens=max(4, tokens // 2))
         counts = [num_blocks] * len(specs)
         self.scheduler = Scheduler(self.limits, specs, counts, block_size, "rev", caching)
-        self.make_worker = lambda: SimulatedWorker(specs, counts, block_size, rows)
-        self.worker = self.make_worker()
+        self.shape = (specs, counts, block_size, rows)
+        self.worker = SimulatedWorker(*self.shape)
         self.in_flight: deque[BatchResult] = deque()
         self.submits: dict[str, Submit] = {}
         self.got: dict[tuple[str, int], list[int]] = {}
@@ -179,7 +179,7 @@ class Harness:
 
     def reset(self) -> None:
         self.in_flight.clear()
-        self.worker = self.make_worker()
+        self.worker = SimulatedWorker(*self.shape)
         self.scheduler.reset_workers()
 
     def check_counts(self) -> None:

@@ -20,10 +20,10 @@ import psutil
 from tests.e2e.serving import Server, wait_ready
 
 Serve = Callable[..., AbstractContextManager[Server]]
-ADD = [{"role": "user", "content": "What is 47 + 385?"}]
+ADD: list[Any] = [{"role": "user", "content": "What is 47 + 385?"}]
 
 
-def ask(server: Server, messages: list[dict[str, str]] = ADD, **extra: Any) -> Any:
+def ask(server: Server, messages: list[Any] = ADD, **extra: Any) -> Any:
     with openai.OpenAI(base_url=server.url + "/v1", api_key="unused", max_retries=0, timeout=90) as client:
         return client.chat.completions.create(model="tiny-chat", messages=messages, temperature=0, **extra)
 
@@ -113,7 +113,8 @@ def test_tensor_parallel_gives_the_same_and_restarts_together(serve: Serve, serv
 
 def test_abandoned_connections_leave_no_request(server: Server) -> None:
     def drop() -> None:
-        with openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0, timeout=30) as client:
+        with openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0, timeout=30) as typed:
+            client: Any = typed
             stream = client.chat.completions.create(
                 model="tiny-chat", messages=ADD, stream=True, max_tokens=1000, extra_body={"ignore_eos": True}
             )
@@ -145,3 +146,26 @@ def test_int4_is_the_same_on_two_ranks(serve: Serve) -> None:
     assert one.message.content == two.message.content
     for a, b in zip(one.logprobs.content, two.logprobs.content, strict=True):
         assert abs(a.logprob - b.logprob) < 1e-3
+
+
+def test_a_full_queue_is_429_with_retry_after(serve: Serve) -> None:
+    options = ("--device", "null", "--null-step-ms", "20", "--max-num-seqs", "1", "--max-queued-requests", "2")
+    with serve(*options) as server:
+        outcomes: list[Any] = []
+
+        def one() -> None:
+            try:
+                outcomes.append(ask(server, max_tokens=20).usage.completion_tokens)
+            except openai.RateLimitError as error:
+                assert float(error.response.headers["retry-after"]) >= 1
+                outcomes.append(error.code)
+
+        threads = [threading.Thread(target=one) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(outcomes) == 12
+        assert set(outcomes) == {20, "queue_full"}
+        assert outcomes.count(20) >= 3
+        assert ask(server, max_tokens=3).usage.completion_tokens == 3

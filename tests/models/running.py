@@ -46,7 +46,10 @@ def logits_of(model: Decoder, sequences: list[list[int]], chunks: list[int]) -> 
         step += 1
         parts = [(s, min(size, len(ids) - done[s])) for s, ids in enumerate(sequences) if done[s] < len(ids)]
         parts.sort(key=lambda part: part[1] != 1)
-        ids, positions, slots, starts = [], [], [], [0]
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        starts = [0]
         for s, count in parts:
             span = range(done[s], done[s] + count)
             ids += sequences[s][span.start : span.stop]

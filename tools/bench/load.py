@@ -94,7 +94,8 @@ async def send(load: Load, client: int) -> list[Answer]:
 
 
 def _client(load: Load, client: int) -> list[Answer]:
-    return uvloop.run(send(load, client))
+    answers: list[Answer] = uvloop.run(send(load, client))
+    return answers
 
 
 def run(load: Load) -> tuple[list[Answer], float, float]:
