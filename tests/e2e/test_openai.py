@@ -208,3 +208,26 @@ def test_many_at_once_equal_one_by_one(server: Server) -> None:
     together, alone = asyncio.run(both())
     assert together == alone
     assert together[1] == "47 + 385 = 432."
+
+
+def test_the_prefix_cache_changes_nothing(client: Any) -> None:
+    request: dict[str, Any] = {
+        "model": "tiny-chat",
+        "messages": [{"role": "user", "content": "Tell me a story about a violin. " * 12}],
+        "temperature": 1.0,
+        "seed": 11,
+        "n": 2,
+        "max_tokens": 60,
+        "logprobs": True,
+        "presence_penalty": 0.5,
+        "extra_body": {"cache_salt": "this test's own", "repetition_penalty": 1.1},
+    }
+    cold, warm = (client.chat.completions.create(**request) for _ in range(2))
+    assert cold.usage.prompt_tokens_details.cached_tokens == 0
+    assert warm.usage.prompt_tokens_details.cached_tokens > 50
+    for a, b in zip(cold.choices, warm.choices, strict=True):
+        assert a.message.content == b.message.content
+        for x, y in zip(a.logprobs.content, b.logprobs.content, strict=True):
+            assert x.logprob == pytest.approx(y.logprob, abs=1e-3)
+    other = client.chat.completions.create(**{**request, "extra_body": {"cache_salt": "another"}})
+    assert other.usage.prompt_tokens_details.cached_tokens == 0
