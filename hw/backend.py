@@ -10,7 +10,7 @@ import torch
 
 from hw.comm import Comm
 from hw.kvcache import KVCachePool, KVLayout
-from hw.ops import Ops
+from hw.ops import GroupInputs, LayerCache, Ops, StepInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,26 @@ class Capabilities:
     block_size: int
     ideal_step_tokens: int
     memory_bytes: int
+
+
+Forward = Callable[[torch.Tensor, StepInputs, list[LayerCache]], torch.Tensor]
+"""ids [tokens] int32 -> hidden states [tokens, hidden] after the last norm; writes the caches."""
+
+
+class StepGraphs(Protocol):
+    """A Forward that replays captured graphs, one per padded token count."""
+
+    def pad(self, tokens: int) -> int:
+        """The padded size of a step of so many tokens."""
+        ...
+
+    def capture(self, groups: tuple[GroupInputs, ...], caches: list[LayerCache]) -> None:
+        """Capture all sizes. groups: the block tables that later steps use (their slots do not matter)."""
+        ...
+
+    def __call__(self, ids: torch.Tensor, inputs: StepInputs, caches: list[LayerCache]) -> torch.Tensor:
+        """Replay; the result is overwritten by the next call."""
+        ...
 
 
 class Backend(Protocol):
@@ -62,4 +82,8 @@ class Backend(Protocol):
 
     def synchronize(self) -> None:
         """Wait for all queued work."""
+        ...
+
+    def graphs(self, forward: Forward, max_tokens: int, max_seqs: int) -> StepGraphs | None:
+        """The forward pass as captured graphs, for steps of up to so many tokens; None where there are no graphs."""
         ...

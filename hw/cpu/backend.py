@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from hw.backend import Capabilities
+from hw.backend import Capabilities, Forward, StepGraphs
 from hw.comm import Comm
 from hw.cpu import native
 from hw.cpu.native_ops import NativeOps
@@ -61,6 +61,9 @@ class CpuBackend:
 
     def synchronize(self) -> None:
         """Nothing is queued on a CPU."""
+
+    def graphs(self, forward: Forward, max_tokens: int, max_seqs: int) -> StepGraphs | None:
+        return None
 
 
 def available() -> str | None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 import triton
 
-from hw.backend import Capabilities
+from hw.backend import Capabilities, Forward
 from hw.comm import Comm
+from hw.cuda.graphs import StepGraphs
 from hw.cuda.ops import CudaOps
 from hw.cuda.product import Product, finish
 from hw.cuda.target import supports_pdl
@@ -84,6 +85,9 @@ class CudaBackend:
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
+
+    def graphs(self, forward: Forward, max_tokens: int, max_seqs: int) -> StepGraphs:
+        return StepGraphs(forward, self.device, max_tokens, max_seqs)
 
 
 def available() -> str | None:

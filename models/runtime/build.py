@@ -72,7 +72,12 @@ def load_runner(
         max_step_tokens=config.max_step_tokens or STEP_TOKENS,
         vocab_size=model.vocab_size,
     )
-    return ModelRunner(loaded.forward, loaded.logits, backend, pool, limits, num_bytes(loaded))
+    begin_s = time.monotonic()
+    graphs = backend.graphs(loaded.forward, limits.max_step_tokens, limits.max_num_seqs)
+    runner = ModelRunner(loaded.forward, loaded.logits, backend, pool, limits, num_bytes(loaded), graphs)
+    if graphs is not None:
+        phases["graphs"] = time.monotonic() - begin_s
+    return runner
 
 
 def join(process: Process) -> Comm:
@@ -90,7 +95,7 @@ def dtype_of(name: str, supported: tuple[str, ...], option: str) -> torch.dtype:
     if name not in supported:
         text = f"--{option.replace('_', '-')}: {name!r} is not available on this device; choose {', '.join(supported)}"
         raise QuireError("invalid_config", text, option)
-    dtype: torch.dtype = getattr(torch, name)
+    dtype: torch.dtype = getattr(torch, {"fp8": "float8_e4m3fn"}.get(name, name))
     return dtype
 
 

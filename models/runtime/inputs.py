@@ -46,6 +46,10 @@ class RowState:
         self._lists: list[list[list[int]]] = [[[] for _ in range(num_rows)] for _ in range(num_groups)]
         self._device = device
 
+    def groups(self) -> tuple[GroupInputs, ...]:
+        """The block tables that every step uses; with no slots, since there is no step."""
+        return tuple(GroupInputs(table, table.new_empty(0)) for table in self._device_tables)
+
     def begin(self, new: NewSequence) -> None:
         """A sequence takes a row. Raises BadRow for ids outside the vocabulary, or more of them than fit."""
         known = np.array(new.prompt_ids + new.output_ids, dtype=np.int64)

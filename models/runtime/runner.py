@@ -9,18 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from core.messages import Batch, Scheduled, WorkerReady
-from hw.backend import Backend
+from hw.backend import Backend, Forward, StepGraphs
 from hw.kvcache import KVCachePool
-from hw.ops import LayerCache, StepInputs
 from models.runtime.inputs import RowState
 from models.runtime.results import HostOutput, RunnerStep
 from models.runtime.sampler import Sampler
 from models.runtime.step import BadRow
 
 PROMPT_LOGITS_ROWS = 256  # logits of a long prompt are made in pieces: at a vocabulary of 128k, one row is half a MiB
-
-Forward = Callable[[torch.Tensor, StepInputs, list[LayerCache]], torch.Tensor]
-"""ids [tokens] int32 -> hidden states [tokens, hidden] after the last norm; writes the caches."""
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 """Hidden states [m, hidden] -> logits [m, vocab] float32, whole on every rank."""
@@ -52,7 +48,7 @@ class ModelRunner:
 
     Args:
         forward, logits: the model's two halves, see `Forward` and `Logits`.
-        pad: tokens of a step -> tokens with padding (a captured graph's size); the identity by default.
+        graphs: `forward` captured, for devices that replay; captured here, since it needs the tables of the state.
     """
 
     def __init__(
@@ -63,15 +59,15 @@ class ModelRunner:
         pool: KVCachePool,
         limits: Limits,
         weights_bytes: int = 0,
-        pad: Callable[[int], int] = lambda tokens: tokens,
+        graphs: StepGraphs | None = None,
     ) -> None:
         self.depth = 1 if backend.device.type == "cpu" else 2
-        self._model = forward
+        self._model: Forward = forward if graphs is None else graphs
         self._logits = logits
         self._backend = backend
         self._pool = pool
         self._limits = limits
-        self._pad = pad
+        self._pad: Callable[[int], int] = (lambda tokens: tokens) if graphs is None else graphs.pad
         self._weights_bytes = weights_bytes
         self._state = RowState(
             limits.max_num_seqs,
@@ -83,6 +79,9 @@ class ModelRunner:
         )
         self._sampler = Sampler(limits.max_num_seqs, limits.vocab_size, self._state.token_ids)
         self._current: Current | None = None
+        if graphs is not None:
+            with torch.inference_mode():
+                graphs.capture(self._state.groups(), pool.layers)
 
     def ready(self, rank: int, engine: str) -> WorkerReady:
         """The facts that the scheduler needs."""
@@ -98,6 +97,7 @@ class ModelRunner:
             device=self._backend.capabilities.device_name,
             weights_bytes=self._weights_bytes,
             kv_bytes=layout.total_bytes,
+            ideal_step_tokens=self._backend.capabilities.ideal_step_tokens,
         )
 
     @torch.inference_mode()
