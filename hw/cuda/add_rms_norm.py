@@ -71,8 +71,6 @@ def add_rms_norm(
     return _launch(Product.of(x), residual, weight, eps, fp8, pdl)
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *, fp8: bool, pdl: bool = False
-) -> torch.Tensor | Fp8:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, fp8: bool, pdl: bool = False) -> torch.Tensor | Fp8:
     """x [tokens, hidden] -> x / rms(x) * weight, quantised per token with `fp8`."""
     return _launch(Product.of(x), None, weight, eps, fp8, pdl)[0]

@@ -7,6 +7,8 @@ of its products. How many ranges there are depends on the padded size of the ste
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,unused-ignore"
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,6 @@ from hw.cuda.product import Fp8, launch_options
 from hw.cuda.target import FP8, FP8_MAX, INTERPRET, launch_next, to_fp8, wait
 
 TARGET_PROGRAMS = 528  # four per multiprocessor of an H200: fewer leave memory idle, more only add partial results
-MAX_SPLITS = 16
 LOG2E = 1.4426950408889634
 
 
@@ -39,8 +40,8 @@ def product_operands(x, DOT: tl.constexpr):
 
 @triton.jit
 def attention_decode_kernel(
-    q, k_cache, v_cache, block_tables, rows, query_start, seq_lens, k_scale, v_scale, out, parts, stats,
-    table_width, window, scale,
+    q, k_cache, v_cache, block_tables, rows, query_start, seq_lens, k_scale, v_scale, parts, stats, table_width, window,
+    scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, TILE_G: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr, WINDOW: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
@@ -95,17 +96,13 @@ def attention_decode_kernel(
             top = new_top
         if SCALED:
             acc = acc * tl.load(v_scale)
-        if SPLITS == 1:
-            tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty),
-                     mask=in_group[:, None] & in_dim[None, :])  # fmt: skip
-        else:
-            part = (token * SPLITS + split) * HEADS + head
-            tl.store(parts + part[:, None] * HEAD_DIM + d[None, :], acc, mask=in_group[:, None] & in_dim[None, :])
-            tl.store(stats + part * 2, top, mask=in_group)
-            tl.store(stats + part * 2 + 1, total, mask=in_group)
+        part = (token * SPLITS + split) * HEADS + head
+        tl.store(parts + part[:, None] * HEAD_DIM + d[None, :], acc, mask=in_group[:, None] & in_dim[None, :])
+        tl.store(stats + part * 2, top, mask=in_group)
+        tl.store(stats + part * 2 + 1, total, mask=in_group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "window"])
 def attention_finish_kernel(
     parts, stats, query_start, seq_lens, attended, out, out_scale, num_seqs, window,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, SEQS: tl.constexpr,
@@ -133,20 +130,22 @@ def attention_finish_kernel(
     if used == 0:
         y = tl.load(attended + token * HEADS * HEAD_DIM + at, mask=mask, other=0.0).to(tl.float32)
     else:
-        top = tl.full((BLOCK_H,), -float("inf"), tl.float32)
+        # The maximum first: the loads of the parts then depend on nothing and are under way together.
+        split = tl.arange(0, SPLITS)
+        live = (head < HEADS)[:, None] & (split < used)[None, :]
+        pair = ((token * SPLITS + split)[None, :] * HEADS + head[:, None]) * 2
+        top = tl.maximum(tl.max(tl.load(stats + pair, mask=live, other=-float("inf")), 1), -1e30)
         total = tl.zeros((BLOCK_H,), tl.float32)
-        acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
-        for split in range(used):
-            part = (token * SPLITS + split) * HEADS
-            m = tl.load(stats + (part + head) * 2, mask=head < HEADS, other=0.0)
-            l = tl.load(stats + (part + head) * 2 + 1, mask=head < HEADS, other=1.0)  # noqa: E741
-            x = tl.load(parts + part * HEAD_DIM + at, mask=mask, other=0.0)
-            new_top = tl.maximum(top, m)
-            old, new = tl.exp2(top - new_top), tl.exp2(m - new_top)
-            total = total * old + l * new
-            acc = acc * old[:, None] + x * new[:, None]
-            top = new_top
-        y = acc / total[:, None]
+        y = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
+        for s in tl.static_range(SPLITS):
+            part = (token * SPLITS + s) * HEADS
+            here = (head < HEADS) & (s < used)
+            share = tl.exp2(tl.load(stats + (part + head) * 2, mask=here, other=-float("inf")) - top)
+            total += share * tl.load(stats + (part + head) * 2 + 1, mask=here, other=0.0)
+            x = tl.load(parts + part * HEAD_DIM + at, mask=mask & (s < used), other=0.0)
+            y += x * share[:, None]
+        y = y / tl.maximum(total, 1e-30)[:, None]
+        y = tl.where(mask, y, 0.0)
     if QUANT_MAX > 0:
         scale = tl.maximum(tl.max(tl.max(tl.abs(y), 1), 0) / QUANT_MAX, 1e-12)
         tl.store(out_scale + token, scale)
@@ -154,11 +153,21 @@ def attention_finish_kernel(
     tl.store(out + token * HEADS * HEAD_DIM + at, y.to(out.dtype.element_ty), mask=mask)
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Unfinished decodes: values [tokens, splits, hq, d] and stats (maximum, sum) [tokens, splits, hq, 2] float32."""
+
+    values: torch.Tensor
+    stats: torch.Tensor
+    min_split: int
+    window: int | None
+
+
 def num_splits(num_seqs: int, num_kv_heads: int) -> tuple[int, int]:
     """(splits, keys of the smallest split) for at most `num_seqs` decodes: enough programs to fill the device."""
     programs = num_seqs * num_kv_heads
     if programs <= TARGET_PROGRAMS // 8:
-        return min(MAX_SPLITS, TARGET_PROGRAMS // programs), 64  # latency counts, the partial results are small
+        return 8, 64  # latency counts, the partial results are small
     # From here on only long contexts are worth a split; programs without keys end at once, but are not free.
     if programs <= TARGET_PROGRAMS // 2:
         return 8, 256
@@ -182,18 +191,15 @@ def attention_decode(
     seq_lens: torch.Tensor,
     scale: float,
     window: int | None,
-    out: torch.Tensor,
     *,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
-    fp8: bool = False,
     pdl: bool = False,
-) -> torch.Tensor | Fp8:
-    """Attention of the sequences that have one query token; then all tokens of `out`, finished and quantised.
+) -> Parts:
+    """Attention of the sequences that have one query token; attention_finish makes the result of it.
 
-    q, out [tokens, hq, d]; caches [num_blocks, hkv, block_size, d]; block_tables [state rows, max_blocks];
-    rows, seq_lens [seqs], query_start [seqs + 1] int32. Sequences without tokens are padding. `out` must hold the
-    tokens of longer chunks already (attention_prefill); with `fp8` it becomes Fp8 [tokens, hq * d].
+    q [tokens, hq, d]; caches [num_blocks, hkv, block_size, d]; block_tables [state rows, max_blocks];
+    rows, seq_lens [seqs], query_start [seqs + 1] int32. Sequences without tokens are padding.
     """
     tokens, heads, head_dim = q.shape
     kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
@@ -208,24 +214,41 @@ def attention_decode(
     parts = torch.empty((tokens, splits, heads, head_dim), dtype=torch.float32, device=q.device)
     stats = torch.empty((tokens, splits, heads, 2), dtype=torch.float32, device=q.device)
     scaled = k_scale is not None
-    tile = 64 if k_cache.dtype.itemsize * block_d >= 256 else 128
-    if k_cache.dtype.itemsize * block_d > 512:
-        tile = 32
+    row_bytes = k_cache.dtype.itemsize * block_d
+    tile = 128 if row_bytes < 256 else 64 if row_bytes <= 512 else 32
     attention_decode_kernel[(seqs, kv_heads, splits)](
         q, k_cache, v_cache, block_tables, rows, query_start, seq_lens, k_scale if scaled else seq_lens,
-        v_scale if scaled else seq_lens, out, parts, stats, block_tables.stride(0), window or 0, scale * LOG2E,
+        v_scale if scaled else seq_lens, parts, stats, block_tables.stride(0), window or 0, scale * LOG2E,
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size, GROUP=group,
         TILE_G=max(16, triton.next_power_of_2(group)), TILE=tile, SPLITS=splits, MIN_SPLIT=min_split,
         WINDOW=window is not None, SCALED=scaled, DOT=dot_dtype(q, k_cache), PDL=pdl,
         num_warps=4, num_stages=2 if tile == 128 else 3, **launch_options(pdl),
     )  # fmt: skip
-    result = torch.empty((tokens, heads * head_dim), dtype=FP8 if fp8 else q.dtype, device=q.device)
-    out_scale = torch.empty(tokens, dtype=torch.float32, device=q.device) if fp8 else None
+    return Parts(parts, stats, min_split, window)
+
+
+def attention_finish(
+    parts: Parts,
+    query_start: torch.Tensor,
+    seq_lens: torch.Tensor,
+    attended: torch.Tensor,
+    *,
+    fp8: bool = False,
+    pdl: bool = False,
+) -> torch.Tensor | Fp8:
+    """Every token's result [tokens, hq * d]: decodes from their parts, the others from `attended` [tokens, hq, d]."""
+    tokens, splits, heads, head_dim = parts.values.shape
+    seqs = seq_lens.shape[0]
+    device, window = attended.device, parts.window
+    result = torch.empty((tokens, heads * head_dim), dtype=FP8 if fp8 else attended.dtype, device=device)
+    out_scale = torch.empty(tokens, dtype=torch.float32, device=device) if fp8 else None
     block_h = triton.next_power_of_2(heads) if fp8 else 4
     attention_finish_kernel[(tokens, triton.cdiv(heads, block_h))](
-        parts, stats, query_start, seq_lens, out, result, stats if out_scale is None else out_scale, seqs, window or 0,
-        HEADS=heads, HEAD_DIM=head_dim, BLOCK_H=block_h, BLOCK_D=block_d, SEQS=triton.next_power_of_2(seqs),
-        SPLITS=splits, MIN_SPLIT=min_split, WINDOW=window is not None, QUANT_MAX=FP8_MAX if fp8 else 0.0,
-        PDL=pdl, num_warps=8 if fp8 else 4, **launch_options(pdl),
+        parts.values, parts.stats, query_start, seq_lens, attended, result,
+        parts.stats if out_scale is None else out_scale, seqs, window or 0,
+        HEADS=heads, HEAD_DIM=head_dim, BLOCK_H=block_h, BLOCK_D=triton.next_power_of_2(head_dim),
+        SEQS=max(64, triton.next_power_of_2(seqs)), SPLITS=splits, MIN_SPLIT=parts.min_split,
+        WINDOW=window is not None, QUANT_MAX=FP8_MAX if fp8 else 0.0,
+        PDL=pdl, num_warps=16 if fp8 else 4, **launch_options(pdl),
     )  # fmt: skip
     return result if out_scale is None else Fp8(result, out_scale)

@@ -17,7 +17,7 @@ from hw.cuda.product import launch_options
 from hw.cuda.target import launch_next, wait
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "window"])
 def attention_prefill_kernel(
     q, k_cache, v_cache, block_tables, rows, query_start, seq_lens, k_scale, v_scale, out, num_seqs,
     table_width, window, scale,
@@ -102,8 +102,8 @@ def attention_prefill(
     seq_lens: torch.Tensor,
     scale: float,
     window: int | None,
-    out: torch.Tensor,
     *,
+    out: torch.Tensor,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     pdl: bool = False,
@@ -134,6 +134,6 @@ def attention_prefill(
         v_scale if scaled else seq_lens, out, seqs, block_tables.stride(0), window or 0, scale * LOG2E,
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size, GROUP=group,
         TILE_G=tile_g, TILE_M=tile_m, TILE=32 if q.dtype == torch.float32 or block_d > 128 else 64,
-        SEQS=triton.next_power_of_2(seqs), WINDOW=window is not None, SCALED=scaled, DOT=dot_dtype(q, k_cache),
+        SEQS=max(64, triton.next_power_of_2(seqs)), WINDOW=window is not None, SCALED=scaled, DOT=dot_dtype(q, k_cache),
         PDL=pdl, num_warps=8 if tile_m == 128 else 4, num_stages=2, **launch_options(pdl),
     )  # fmt: skip

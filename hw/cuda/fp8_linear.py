@@ -17,9 +17,9 @@ from hw.cuda.product import Fp8, Product, launch_options
 from hw.cuda.target import INTERPRET, launch_next, wait
 
 MAX_OWN_TOKENS = 32  # above, cuBLASLt wins
+TILE_K = 256
 MAX_OWN_OUTPUTS = 10240  # wider products have tiles enough without a split, and cuBLASLt is at the limit
 TILE_N = 64
-TILE_K = 256
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -44,7 +44,7 @@ def fp8_linear_kernel(
         else:
             acc = tl.dot(w, a, acc)
     where = (split * tokens + m)[:, None] * num_out + n[None, :]
-    tl.store(parts + where, tl.trans(acc), mask=(m < tokens)[:, None])
+    tl.store(parts + where, tl.trans(acc).to(parts.dtype.element_ty), mask=(m < tokens)[:, None])
 
 
 def splits_for(num_out: int, num_in: int) -> int | None:

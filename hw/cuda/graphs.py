@@ -124,9 +124,7 @@ class StepGraphs:
             query_start=self._query_start[: room + 1],
             seq_lens=self._seq_lens[:room],
             positions=self._positions[:size],
-            groups=tuple(
-                replace(group, slots=slots[:size]) for group, slots in zip(groups, self._slots, strict=True)
-            ),
+            groups=tuple(replace(group, slots=slots[:size]) for group, slots in zip(groups, self._slots, strict=True)),
             num_tokens=size,
             num_seqs=room,
             num_decodes=0 if mixed else room,

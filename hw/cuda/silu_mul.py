@@ -53,6 +53,6 @@ def silu_mul(x: torch.Tensor | Product, *, fp8: bool, pdl: bool = False) -> torc
     silu_mul_kernel[(rows, triton.cdiv(width, block))](
         *product.pointers(), out, product.values if scale is None else scale, rows, width, **product.flags(),
         QUANT_MAX=FP8_MAX if fp8 else 0.0, BLOCK=block, PDL=pdl,
-        num_warps=min(32, max(1, block // 512)) if fp8 else 4, **launch_options(pdl),
+        num_warps=(min(16, max(1, block // 512)) if block <= 16384 else 32) if fp8 else 4, **launch_options(pdl),
     )  # fmt: skip
     return out if scale is None else Fp8(out, scale)

@@ -36,7 +36,11 @@ def wait(PDL: tl.constexpr):
 
 @triton.jit
 def launch_next(PDL: tl.constexpr):
-    """Let the next kernel start; it still waits for this one's writes."""
+    """Let the next kernel start once all programs of this one run; it still waits for this one's writes.
+
+    Called after `wait`: before it, kernels further on took the multiprocessors that the one between them needed, and a
+    decode step at one sequence became 10 % slower.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from hw.comm import Comm
 from hw.cuda.add_rms_norm import add_rms_norm
-from hw.cuda.attention_decode import attention_decode
+from hw.cuda.attention_decode import attention_decode, attention_finish
 from hw.cuda.attention_prefill import attention_prefill
 from hw.cuda.backend import make
 from hw.cuda.fp8_linear import fp8_linear
@@ -27,6 +28,9 @@ from hw.cuda.silu_mul import silu_mul
 from hw.cuda.target import FP8
 from hw.kvcache import KVLayout
 from hw.ops import GroupInputs, HostInputs, StepInputs
+from hw.quant.scheme import make_scheme
+from models import llama
+from models.layers.parts import Parts
 
 BANDWIDTH = 4.25e12  # bytes/s, copy
 FP8_RATE, BF16_RATE = 1350e12, 730e12  # operations/s, cuBLASLt
@@ -47,18 +51,18 @@ def graph_time_us(call: Call, repeats: int) -> float:
             call(i)
     times = []
     for _ in range(9):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-    return statistics.median(times[2:]) * 1e3 / repeats
+    return float(statistics.median(times[2:])) * 1e3 / repeats
 
 
 def fp8(*shape: int) -> torch.Tensor:
     out = torch.empty(shape, dtype=FP8, device="cuda")
-    for row in out.view(-1, shape[-1]).split(8192):
+    for row in torch.split(out.view(-1, shape[-1]), 8192):
         row.copy_(torch.randn(row.shape, device="cuda", dtype=BF16))
     return out
 
@@ -92,28 +96,50 @@ def products(pdl: bool) -> Iterator[Line]:
 
 def fused(pdl: bool) -> Iterator[Line]:
     weight, rope = randn(HIDDEN), torch.rand(8192, 2, DIM // 2, device="cuda")
-    for m in (1, 16, 64, 256, 2048):
-        residual, row = randn(m, HIDDEN), scales(m)
-        for splits in (1, 4) if m <= 16 else (1,):
-            parts = Product(randn(splits, m, HIDDEN, dtype=F32 if splits > 1 else BF16), BF16, row, scales(HIDDEN))
-            size = m * HIDDEN * (splits * parts.values.itemsize + 5)
-            yield (f"add_rms_norm+fp8 M={m} S={splits}",
-                   lambda i, p=parts, r=residual: add_rms_norm(p, r, weight, 1e-5, fp8=True, pdl=pdl), 8, size, 0)  # fmt: skip
+    width = (HEADS + 2 * KV_HEADS) * DIM
+    caches = [fp8(256, KV_HEADS, 16, DIM) for _ in range(2)]
+    one = torch.ones((), device="cuda")
+    for m in (1, 16, 64, 192, 2048):
+        small = m <= 32  # then the products leave parts in float32
+        row, residual = scales(m), randn(m, HIDDEN)
+        positions = torch.arange(m, dtype=I32, device="cuda")
+        parts, qkv = (
+            Product(randn(splits if small else 1, m, n, dtype=F32 if small else BF16), BF16, row, scales(n))
+            for splits, n in ((4, HIDDEN), (2, width))
+        )
         gate_up = Product(randn(1, m, 2 * INTER), BF16, row, scales(2 * INTER))
-        yield f"silu_mul+fp8 M={m}", lambda i, g=gate_up: silu_mul(g, fp8=True, pdl=pdl), 8, m * INTER * 5, 0
-        width = (HEADS + 2 * KV_HEADS) * DIM
-        qkv = Product(randn(2, m, width, dtype=F32) if m <= 32 else randn(1, m, width), BF16, row, scales(width))
-        caches = [fp8(256, KV_HEADS, 16, DIM) for _ in range(2)]
-        positions, one = torch.arange(m, dtype=I32, device="cuda"), torch.ones((), device="cuda")
-        yield (f"rope_cache fp8 M={m}",
-               lambda i, q=qkv, c=caches, p=positions, one=one: rope_cache(
-                   q, HEADS, KV_HEADS, DIM, rope, p, p, *c, k_scale=one, v_scale=one, pdl=pdl),
-               8, m * width * (8 if m <= 32 else 2) + m * width, 0)  # fmt: skip
+
+        def norm(i: int, x: Product = parts, residual: torch.Tensor = residual) -> Any:
+            return add_rms_norm(x, residual, weight, 1e-5, fp8=True, pdl=pdl)
+
+        def silu(i: int, x: Product = gate_up) -> Any:
+            return silu_mul(x, fp8=True, pdl=pdl)
+
+        def rotate(i: int, x: Product = qkv, at: torch.Tensor = positions) -> Any:
+            return rope_cache(
+                x, HEADS, KV_HEADS, DIM, rope, at, at, *caches, k_scale=one, v_scale=one, pdl=pdl
+            )  # fmt: skip
+
+        size = parts.values.numel() * parts.values.itemsize + m * HIDDEN * 5
+        yield f"add_rms_norm+fp8 M={m}", norm, 8, size, 0
+        yield f"silu_mul+fp8 M={m}", silu, 8, m * INTER * 5, 0
+        yield f"rope_cache fp8 M={m}", rotate, 8, qkv.values.numel() * qkv.values.itemsize + m * width * 2, 0
     for m in (1, 16, 64, 256):
         logits, keys = randn(m, VOCAB, dtype=F32), torch.ones(m, dtype=I32, device="cuda")
-        heat = torch.ones(m, device="cuda")
-        yield f"sample greedy M={m}", lambda i, x=logits: sample(x, None, None, None), 8, 4 * m * VOCAB, 0
-        yield f"sample random M={m}", lambda i, x=logits, t=heat, k=keys: sample(x, t, k, k), 8, 4 * m * VOCAB, 0
+
+        def greedy(i: int, x: torch.Tensor = logits) -> Any:
+            return sample(x, None, None, None)
+
+        def random(
+            i: int,
+            x: torch.Tensor = logits,
+            k: torch.Tensor = keys,
+            heat: torch.Tensor = scales(m),  # noqa: B008
+        ) -> Any:
+            return sample(x, heat, k, k)
+
+        yield f"sample greedy M={m}", greedy, 8, 4 * m * VOCAB, 0
+        yield f"sample random M={m}", random, 8, 4 * m * VOCAB, 0
 
 
 def batch(lens: list[int], counts: list[int], size: int = 16) -> tuple[list[torch.Tensor], int]:
@@ -135,33 +161,61 @@ def batch(lens: list[int], counts: list[int], size: int = 16) -> tuple[list[torc
 def attention(pdl: bool) -> Iterator[Line]:
     one = torch.ones((), device="cuda")
     for store in (BF16, FP8):
+        name = "fp8" if store is FP8 else "bf16"
+        scaled: dict[str, Any] = {"k_scale": one, "v_scale": one} if store is FP8 else {}
+
+        def cache(blocks: int, store: torch.dtype = store) -> list[torch.Tensor]:
+            shape = (blocks, KV_HEADS, 16, DIM)
+            return [fp8(*shape) if store is FP8 else randn(*shape) for _ in range(2)]
+
         for seqs, length in ((1, 640), (16, 640), (64, 640), (256, 640), (1, 32768), (16, 8192)):
             data, blocks = batch([length] * seqs, [1] * seqs)
             copies = max(1, min(8, -(-L2_BYTES // (blocks * 16 * 2 * KV_HEADS * DIM))))
-            caches = [[fp8(blocks, KV_HEADS, 16, DIM) if store is FP8 else randn(blocks, KV_HEADS, 16, DIM)
-                       for _ in range(2)] for _ in range(copies)]  # fmt: skip
-            q = randn(seqs, HEADS, DIM)
-            scale = one if store is FP8 else None
-            out = torch.empty_like(q)
-            yield (f"attention_decode {'fp8' if scale is not None else 'bf16'} {seqs}x{length}",
-                   lambda i, q=q, c=caches, d=data, s=scale, o=out: attention_decode(
-                       q, *c[i % len(c)], *d, DIM**-0.5, None, o, k_scale=s, v_scale=s, fp8=True, pdl=pdl),
-                   copies, seqs * length * 2 * KV_HEADS * DIM * store.itemsize, 0)  # fmt: skip
-        for name, lens, counts in (
+
+            def decode(
+                i: int,
+                q: torch.Tensor = randn(seqs, HEADS, DIM),  # noqa: B008
+                caches: list[list[torch.Tensor]] = [cache(blocks) for _ in range(copies)],  # noqa: B006, B008
+                data: Any = data,
+                scaled: dict[str, Any] = scaled,
+            ) -> Any:
+                k, v = caches[i % len(caches)]
+                parts = attention_decode(
+                    q, k, v, data[0], data[1], data[2], data[3], DIM**-0.5, None, pdl=pdl, **scaled
+                )
+                return attention_finish(parts, data[2], data[3], q, fp8=True, pdl=pdl)
+
+            yield f"attention_decode {name} {seqs}x{length}", decode, copies, (
+                seqs * length * 2 * KV_HEADS * DIM * store.itemsize), 0  # fmt: skip
+        for what, lens, counts in (
             ("1x512", [512], [512]), ("8x512", [512] * 8, [512] * 8), ("1x8192", [8192], [8192]),
             ("2048 after 6144", [8192], [2048]), ("128 after 384", [512], [128]),
         ):  # fmt: skip
             data, blocks = batch(lens, counts)
-            cache = [fp8(blocks, KV_HEADS, 16, DIM) if store is FP8 else randn(blocks, KV_HEADS, 16, DIM)
-                     for _ in range(2)]  # fmt: skip
-            q = randn(sum(counts), HEADS, DIM)
-            scale = one if store is FP8 else None
-            out = torch.empty_like(q)
+
+            def prefill(
+                i: int,
+                q: torch.Tensor = randn(sum(counts), HEADS, DIM),  # noqa: B008
+                kv: Any = cache(blocks),  # noqa: B008
+                data: Any = data,
+                scaled: dict[str, Any] = scaled,
+            ) -> Any:
+                return attention_prefill(
+                    q,
+                    kv[0],
+                    kv[1],
+                    data[0],
+                    data[1],
+                    data[2],
+                    data[3],
+                    DIM**-0.5,
+                    None,
+                    out=torch.empty_like(q),
+                    **scaled,
+                )
+
             pairs = sum(c * (n - c) + c * (c + 1) / 2 for n, c in zip(lens, counts, strict=True))
-            yield (f"attention_prefill {'fp8' if scale is not None else 'bf16'} {name}",
-                   lambda i, q=q, c=cache, d=data, s=scale, o=out: attention_prefill(
-                       q, *c, *d, DIM**-0.5, None, o, k_scale=s, v_scale=s, pdl=pdl),
-                   2, 0, 4 * pairs * HEADS * DIM / BF16_RATE)  # fmt: skip
+            yield f"attention_prefill {name} {what}", prefill, 2, 0, 4 * pairs * HEADS * DIM / BF16_RATE
 
 
 def measure(pdl: bool) -> None:
@@ -182,11 +236,6 @@ def measure(pdl: bool) -> None:
 
 def steps(quantization: str, store: torch.dtype, layers: int) -> None:
     """Whole forward passes of an 8B-shaped model with random weights: decode-only and mixed, as replayed graphs."""
-    from hw.comm import Comm
-    from hw.quant.scheme import make_scheme
-    from models import llama
-    from models.layers.parts import Parts
-
     backend = make(0, None)
     schemes = backend.capabilities.schemes
     parts = Parts(backend, Comm(), make_scheme(quantization, schemes), make_scheme("none", schemes), BF16)
@@ -232,14 +281,18 @@ def steps(quantization: str, store: torch.dtype, layers: int) -> None:
         error = float((hidden.float() - eager.float()).norm() / eager.float().norm())
         times = []
         for _ in range(20):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
             graphs(ids, step, pool.layers)
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end))
         last = torch.tensor(starts[1:], device="cuda") - 1
-        head_us = graph_time_us(lambda i, h=hidden, at=last: sample(model.logits(h[at]), None, None, None), 4)
+
+        def head(i: int, hidden: torch.Tensor = hidden, at: torch.Tensor = last) -> Any:
+            return sample(model.logits(hidden[at]), None, None, None)
+
+        head_us = graph_time_us(head, 4)
         note = f"graph-eager {error:.1e}, repeatable {bool(torch.equal(hidden, again))}"
         print(f"step {seqs:4d} seqs {tokens:5d} tokens: forward {statistics.median(times):7.3f} ms, "
               f"lm_head+sample {head_us / 1e3:.3f} ms; {note}", flush=True)  # fmt: skip

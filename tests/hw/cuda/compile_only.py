@@ -55,7 +55,7 @@ def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: An
 JITFunction.run = compile_instead
 
 from hw.cuda.add_rms_norm import add_rms_norm  # noqa: E402
-from hw.cuda.attention_decode import attention_decode  # noqa: E402
+from hw.cuda.attention_decode import attention_decode, attention_finish  # noqa: E402
 from hw.cuda.attention_prefill import attention_prefill  # noqa: E402
 from hw.cuda.embed import embed  # noqa: E402
 from hw.cuda.fp8_linear import fp8_linear  # noqa: E402
@@ -89,8 +89,9 @@ def compile_all() -> None:
         silu_mul(empty(BF16, 16, 2 * width), fp8=False, pdl=PDL)
     sample(empty(F32, 16, 128256), empty(F32, 16), empty(I32, 16), empty(I32, 16))
     for tokens in (1, 32):
-        x = Fp8(empty(FP8, tokens, 4096), empty(F32, tokens))
-        fp8_linear(x, empty(FP8, 4096, 4096), empty(F32, 4096), None, BF16, empty(F32), pdl=PDL)
+        for num_out in (4096, 28672):
+            x = Fp8(empty(FP8, tokens, 4096), empty(F32, tokens))
+            fp8_linear(x, empty(FP8, num_out, 4096), empty(F32, num_out), None, BF16, empty(F32), pdl=PDL)
     for store in (BF16, FP8):
         for dim in (64, 96, 128, 256):
             heads, kv_heads, tokens, seqs = 32, 8, 128, 64
@@ -102,9 +103,10 @@ def compile_all() -> None:
             )  # fmt: skip
             q = empty(BF16, tokens, heads, dim)
             shared = (q, cache, cache, empty(I32, 64, 256), empty(I32, seqs), empty(I32, seqs + 1), empty(I32, seqs),
-                      0.1, None, q)  # fmt: skip
-            attention_prefill(*shared, k_scale=scale, v_scale=scale, pdl=PDL)
-            attention_decode(*shared, k_scale=scale, v_scale=scale, fp8=store is FP8, pdl=PDL)
+                      0.1, None)  # fmt: skip
+            attention_prefill(*shared, out=q, k_scale=scale, v_scale=scale)
+            parts = attention_decode(*shared, k_scale=scale, v_scale=scale, pdl=PDL)
+            attention_finish(parts, empty(I32, seqs + 1), empty(I32, seqs), q, fp8=store is FP8, pdl=PDL)
 
 
 def facts(name: str, kernel: Any) -> dict[str, Any]:

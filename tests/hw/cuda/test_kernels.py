@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-import oracle
-
 from hw.cuda.add_rms_norm import add_rms_norm, rms_norm
-from hw.cuda.attention_decode import attention_decode
+from hw.cuda.attention_decode import attention_decode, attention_finish
 from hw.cuda.attention_prefill import attention_prefill
 from hw.cuda.embed import embed
 from hw.cuda.fp8_linear import fp8_linear
@@ -21,6 +17,7 @@ from hw.cuda.product import Fp8, Product, finish
 from hw.cuda.rope_cache import rope_cache
 from hw.cuda.sample import sample
 from hw.cuda.silu_mul import silu_mul
+from tests.hw.cuda import oracle
 
 BF16, F32, F8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 BF16_ERROR, FP8_ERROR = 1e-2, 4e-2
@@ -166,9 +163,10 @@ def check_attention(
         q, *caches, tables, rows, starts, lens, dim**-0.5, window, k_scale, v_scale)[:tokens]  # fmt: skip
     out = torch.zeros_like(q)
     out[:tokens] = math.nan
-    shared = (q, *caches, tables, *padded, dim**-0.5, window, out)
-    attention_prefill(*shared, k_scale=scales[0], v_scale=scales[1])
-    result = attention_decode(*shared, k_scale=scales[0], v_scale=scales[1], fp8=fp8)
+    shared: tuple[Any, ...] = (q, *caches, tables, *padded, dim**-0.5, window)
+    attention_prefill(*shared, out=out, k_scale=scales[0], v_scale=scales[1])
+    parts = attention_decode(*shared, k_scale=scales[0], v_scale=scales[1])
+    result = attention_finish(parts, padded[1], padded[2], out, fp8=fp8)
     found = plain(result)[:tokens].view(tokens, heads, dim)
     limit = FP8_ERROR if fp8 else 1e-4 if store == F32 else BF16_ERROR
     error = oracle.relative_error(found, expected)

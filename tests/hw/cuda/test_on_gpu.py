@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-import oracle
-from test_kernels import BF16, BF16_ERROR, F8, F32, check_attention
 
 from hw.cuda.fp8_linear import fp8_linear
 from hw.cuda.product import Fp8, finish
 from hw.cuda.sample import sample
+from tests.hw.cuda import oracle
+from tests.hw.cuda.test_kernels import BF16, BF16_ERROR, F8, F32, check_attention
 
 pytestmark = pytest.mark.gpu
 
