@@ -7,6 +7,7 @@ import sys
 
 BENCHES = {
     "serve": "load against a running server: throughput and latencies",
+    "step": "where the time of a decode step goes: host, device, kernel by kernel",
     "sweep": "start a server, measure it at several concurrencies, stop it",
     "scheduler": "cost of a scheduling step at many running sequences",
     "startup": "seconds from `quire serve` to the first healthy answer",
