@@ -160,7 +160,7 @@ def check_attention(
     k_scale, v_scale = (0.5, 2.0) if store == F8 else (1.0, 1.0)
     tables = tables.to(device)
     expected = oracle.attention(
-        q, *caches, tables, rows, starts, lens, dim**-0.5, window, k_scale, v_scale)[:tokens]  # fmt: skip
+        q, caches[0], caches[1], tables, rows, starts, lens, dim**-0.5, window, k_scale, v_scale)[:tokens]  # fmt: skip
     out = torch.zeros_like(q)
     out[:tokens] = math.nan
     shared: tuple[Any, ...] = (q, *caches, tables, *padded, dim**-0.5, window)
