@@ -58,14 +58,15 @@ class RowState:
         if known.min() < 0 or known.max() >= self.vocab_size:
             bad = int(known[(known < 0) | (known >= self.vocab_size)][0])
             raise BadRow([new.row], f"token id {bad} is outside the vocabulary of {self.vocab_size}")
-        self.token_ids[new.row, : len(known)] = torch.from_numpy(known.astype(np.int32)).to(self._device)
+        ids = torch.from_numpy(known.astype(np.int32))
+        self.token_ids[new.row, : len(known)] = ids.to(self._device, non_blocking=True)
         self.prompt_lens[new.row] = len(new.prompt_ids)
         for lists in self._lists:
             lists[new.row] = []
 
     def set_blocks(self, changes: list[RowBlocks]) -> None:
         """Write block table entries."""
-        touched: dict[int, list[int]] = {}
+        touched: dict[int, list[tuple[int, int, int]]] = {}
         for change in changes:
             row, start, stop = change.row, change.start, change.start + len(change.block_ids)
             table = self._tables[change.group]
@@ -74,11 +75,18 @@ class RowState:
                 raise BadRow([row], f"blocks {start} to {stop} of a table that has {len(blocks)} of {table.shape[1]}")
             blocks[start:stop] = change.block_ids
             table[row, start:stop] = change.block_ids
-            touched.setdefault(change.group, []).append(row)
+            touched.setdefault(change.group, []).append((row, start, stop))
         if not self._on_host:
-            for group, rows in touched.items():
-                index = torch.tensor(rows, device=self._device)
-                self._device_tables[group][index] = torch.from_numpy(self._tables[group][rows]).to(self._device)
+            for group, spans in touched.items():
+                self._send_blocks(group, spans)
+
+    def _send_blocks(self, group: int, spans: list[tuple[int, int, int]]) -> None:
+        """Copy table entries (row, start, stop) to the device: one transfer, and no wait for what runs there."""
+        table = self._tables[group]
+        places = np.concatenate([np.arange(row * table.shape[1] + a, row * table.shape[1] + b) for row, a, b in spans])
+        entries = np.stack((places, table.reshape(-1)[places]))
+        where, values = torch.from_numpy(entries).to(self._device, non_blocking=True).unbind(0)
+        self._device_tables[group].view(-1).index_copy_(0, where, values.to(torch.int32))
 
     def inputs(self, scheduled: list[Scheduled], num_padded: int) -> TokenInputs:
         """What a forward pass over `scheduled` reads. `num_padded`: tokens of the step with padding."""

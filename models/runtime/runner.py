@@ -117,7 +117,8 @@ class ModelRunner:
         if len(last) == hidden.shape[0]:
             logits = self._logits(hidden)
         elif last:
-            logits = self._logits(hidden.index_select(0, torch.tensor(last, device=hidden.device)))
+            # torch.tensor(..., device=...) would wait for everything that is queued on the device.
+            logits = self._logits(hidden.index_select(0, torch.tensor(last).to(hidden.device, non_blocking=True)))
         else:
             logits = None
         self._current = Current(scheduled, hidden, logits, query_start, time.perf_counter() - begin_s)
