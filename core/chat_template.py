@@ -1,85 +1,66 @@
 """ChatTemplate: a conversation to prompt text, by the checkpoint's Jinja template.
 
-Templates are data from strangers: they run in Jinja's immutable sandbox, with limits of time, output and repetition.
+Templates are data from strangers: they run in a sandbox (template_sandbox.py), with limits of time and of output.
 Rendering must happen in the main thread, where a timer can interrupt it.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
 import signal
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.sandbox
 
 from core.errors import QuireError
 from core.model_info import read_json
+from core.template_sandbox import MAX_TEXT, TemplateSandbox
 
-MAX_TEXT = 8 * 1024 * 1024
 MAX_RENDER_S = 2.0
-MAX_POWER = 64
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Follows the final message through the template, to find where its text ends; the space shows whether it was trimmed.
+_MARK = "\ue000QUIRE-FINAL\ue000 "
 
 
 class _TooLong(Exception):
     pass
 
 
-class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox, with repetition and powers bounded: `"x" * 10**9` is an error, not a gigabyte."""
-
-    intercepted_binops = frozenset(["*", "**"])
-
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" and not (abs(left) <= MAX_TEXT and abs(right) <= MAX_POWER):
-            raise jinja2.TemplateRuntimeError("a power is too large")
-        if operator == "*":
-            for one, other in ((left, right), (right, left)):
-                if isinstance(one, str | list | tuple) and isinstance(other, int) and len(one) * other > MAX_TEXT:
-                    raise jinja2.TemplateRuntimeError("a repetition is too long")
-        return super().call_binop(context, operator, left, right)
-
-
 class ChatTemplate:
-    """One checkpoint's template. `render` raises QuireError template_error with the template's own words."""
+    """One checkpoint's template. `render` raises QuireError template_error with the template's own words.
 
-    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        environment = _Environment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols], autoescape=False
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    tool_source: the template that takes over when the request has tools, where the checkpoint has one.
+    """
+
+    def __init__(self, source: str, special_tokens: dict[str, Any], tool_source: str | None = None) -> None:
         self._special_tokens = special_tokens
+        environment = TemplateSandbox()
         try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+            self._plain = environment.from_string(source)
+            self._with_tools = self._plain if tool_source is None else environment.from_string(tool_source)
+        except (jinja2.TemplateError, RecursionError) as error:
             raise QuireError("model_invalid", f"the chat template cannot be compiled: {error}", "model") from None
 
     @staticmethod
     def load(folder: Path) -> ChatTemplate | None:
-        """The template of a checkpoint, or None when it has none."""
+        """The template of a checkpoint, or None when it has none. Files win over tokenizer_config.json."""
         config = read_json(folder / "tokenizer_config.json", optional=True)
-        source = config.get("chat_template")
-        if isinstance(source, list):
-            named = {item["name"]: item["template"] for item in source}
-            source = named.get("default") or next(iter(named.values()), None)
-        if (path := folder / "chat_template.jinja").is_file():
-            source = path.read_text()
-        if not isinstance(source, str):
+        sources = _sources(config.get("chat_template"), folder)
+        for path in (folder / "chat_template.jinja", *sorted((folder / "additional_chat_templates").glob("*.jinja"))):
+            if path.is_file():
+                name = "default" if path.parent == folder else path.stem
+                try:
+                    sources[name] = path.read_text("utf-8")
+                except (OSError, UnicodeDecodeError) as error:
+                    raise QuireError("model_invalid", f"cannot read {path}: {error}", "model") from None
+        if not sources:
             return None
-        tokens = {}
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            value = config.get(name)
-            if isinstance(value, dict):
-                value = value.get("content")
-            if isinstance(value, str):
-                tokens[name] = value
-        return ChatTemplate(source, tokens)
+        tools = sources.get("tool_use")
+        source = sources.get("default") or tools or next(iter(sources.values()))
+        known = read_json(folder / "special_tokens_map.json", optional=True) | config
+        tokens = {name: text for name in SPECIAL_TOKENS if (text := _content(known.get(name))) is not None}
+        return ChatTemplate(source, tokens, tools)
 
     def render(
         self,
@@ -96,26 +77,26 @@ class ChatTemplate:
         values = {
             **self._special_tokens,
             **(extra or {}),
-            "messages": messages,
+            "messages": _marked(messages) if continue_final_message else messages,
             "tools": tools,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
         try:
-            text = self._limited(values)
+            text = self._limited(self._with_tools if tools else self._plain, values)
         except _TooLong as error:
             raise QuireError("template_error", f"the chat template was stopped: {error}", "messages") from None
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        except Exception as error:  # a template can raise whatever Python can: division by zero, recursion, …
             text = f"the chat template does not accept these messages: {error}"
             raise QuireError("template_error", text, "messages") from None
-        return _cut_after_final_message(text, messages) if continue_final_message else text
+        return _cut_at_mark(text) if continue_final_message else text
 
-    def _limited(self, values: dict[str, Any]) -> str:
+    def _limited(self, template: jinja2.Template, values: dict[str, Any]) -> str:
         pieces: list[str] = []
         size = 0
         old = signal.signal(signal.SIGALRM, _alarm)
         signal.setitimer(signal.ITIMER_REAL, MAX_RENDER_S)
         try:
-            for piece in self._template.generate(values):
+            for piece in template.generate(values):
                 size += len(piece)
                 if size > MAX_TEXT:
                     raise _TooLong(f"it writes more than {MAX_TEXT:,} characters")
@@ -130,19 +111,50 @@ def _alarm(number: int, frame: FrameType | None) -> None:
     raise _TooLong(f"it takes more than {MAX_RENDER_S} s")
 
 
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _sources(given: Any, folder: Path) -> dict[str, str]:
+    """Templates by name, from tokenizer_config.json: one text, or a list of named ones."""
+    if given is None:
+        return {}
+    if isinstance(given, str):
+        return {"default": given}
+    if isinstance(given, list) and all(
+        isinstance(item, dict) and isinstance(item.get("name"), str) and isinstance(item.get("template"), str)
+        for item in given
+    ):
+        return {item["name"]: item["template"] for item in given}
+    text = f"{folder}/tokenizer_config.json: chat_template must be a text or a list of named texts"
+    raise QuireError("model_invalid", text, "model")
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+def _content(token: Any) -> str | None:
+    """A special token's text; both spellings, plain and as an object."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
 
 
-def _cut_after_final_message(text: str, messages: list[Any]) -> str:
-    content = messages[-1].get("content") if messages and isinstance(messages[-1], dict) else None
+def _marked(messages: list[Any]) -> list[Any]:
+    """The messages, with the mark behind the last one's text. Raises QuireError when it has none."""
+    last = messages[-1] if messages and isinstance(messages[-1], dict) else {}
+    content = last.get("content")
+    if isinstance(content, str):
+        return [*messages[:-1], {**last, "content": content + _MARK}]
     if isinstance(content, list):
-        content = next((part.get("text") for part in reversed(content) if isinstance(part, dict)), None)
-    if not isinstance(content, str) or not content.strip() or (at := text.rfind(content.strip())) < 0:
-        text = "continue_final_message: the last message has no text that the chat template shows"
-        raise QuireError("template_error", text, "continue_final_message")
-    return text[: at + len(content.strip())]
+        for i in reversed(range(len(content))):
+            if isinstance(content[i], dict) and isinstance(content[i].get("text"), str):
+                part = {**content[i], "text": content[i]["text"] + _MARK}
+                return [*messages[:-1], {**last, "content": [*content[:i], part, *content[i + 1 :]]}]
+    raise _nothing_to_continue()
+
+
+def _cut_at_mark(text: str) -> str:
+    at = text.rfind(_MARK.strip())
+    if at < 0:
+        raise _nothing_to_continue()
+    # A template that trims messages has trimmed behind the mark: then spaces before it would have gone too.
+    return text[:at] if text.startswith(_MARK, at) else text[:at].rstrip()
+
+
+def _nothing_to_continue() -> QuireError:
+    text = "continue_final_message: the last message has no text that the chat template shows"
+    return QuireError("template_error", text, "continue_final_message")
