@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,6 +54,30 @@ def test_only_what_could_become_a_stop_is_held(text: str, wanted: list[str]) -> 
     if scanner.hit is None:
         held = text[len(shown) :]
         assert held == "" or any(stop.startswith(held) for stop in wanted)
+
+
+@given(letters, stops, st.lists(st.integers(0, 5), max_size=8))
+def test_what_could_become_a_stop_is_held_and_no_more(text: str, wanted: list[str], sizes: list[int]) -> None:
+    scanner = StopStrings(wanted)
+    seen = shown = ""
+    for piece in cut(text, sizes):
+        seen += piece
+        shown += scanner.push(piece)
+        if scanner.hit is not None:
+            return
+        open_ends = [len(seen) - i for i in range(len(seen)) if any(stop.startswith(seen[i:]) for stop in wanted)]
+        assert len(seen) - len(shown) == max(open_ends, default=0)
+
+
+def test_the_worst_stop_strings_cost_little() -> None:
+    # Every position of the text is a beginning of all 64; each mismatch comes as late as it can.
+    wanted = ["a" * 511 + "b" + "a" * 511 + chr(0x100 + i) for i in range(64)]
+    scanner = StopStrings(wanted)
+    began = time.process_time()
+    shown = "".join(scanner.push("aaaa") for _ in range(1000))
+    assert time.process_time() - began < 2.0  # 0.1 s here
+    assert len(shown) == 4000 - 511
+    assert shown + scanner.flush() == "a" * 4000
 
 
 def test_nothing_is_shown_after_a_hit() -> None:
