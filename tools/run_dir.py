@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,10 @@ class RunDir:
 
     def __init__(self, name: str) -> None:
         root = Path(tempfile.gettempdir(), f"quire-{os.getuid()}")
-        root.mkdir(mode=0o700, exist_ok=True)
-        stat = root.lstat()
-        if stat.st_uid != os.getuid() or stat.st_mode & 0o077 or root.is_symlink():
+        with contextlib.suppress(FileExistsError):  # also of a file or a link, which is refused below
+            root.mkdir(mode=0o700)
+        found = root.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
             raise QuireError("invalid_config", f"{root} must be a folder of your own with mode 0700; remove it")
         remove_stale(root)
         self.path = root / name
