@@ -7,55 +7,81 @@ until its longest member ends. Both compute the same tokens: greedy, end-of-sequ
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import platform
 import random
+import statistics
 import sys
 import time
 from typing import Any
 
-import psutil
 import torch
 import transformers
 
+from core.errors import QuireError
 from core.model_info import resolve
-from tools.bench.load import Load, run
+from tools.bench.load import Load
 from tools.bench.report import table
+from tools.bench.sender import send
 from tools.bench.server import running
+from tools.bench.stamp import lines, stamp
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print one table: tokens/s of both and their ratio."""
-    parser = argparse.ArgumentParser(prog="quire bench transformers", description=__doc__)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="quire bench transformers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="tiny-chat")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--requests", type=int, default=12, help="one at a time")
-    parser.add_argument("--batches", type=int, default=6, help="static batches of 16")
-    arguments = parser.parse_args(argv)
-    info = resolve(arguments.model)
+    parser.add_argument("--batches", type=int, default=4, help="static batches of 16")
+    parser.add_argument("--rounds", type=int, default=2, help="each round measures both, one after the other")
+    options = parser.parse_args(argv)
+    stamped = stamp("transformers", argv)
+    info = resolve(options.model)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(info.path, dtype=torch.float32).eval()
+    alone = Load(
+        "http://",
+        info.name,
+        options.requests,
+        1,
+        options.prompt_tokens,
+        options.output_tokens,
+        vocab_size=info.vocab_size,
+    )
+    many = dataclasses.replace(alone, num_requests=16 * options.batches, concurrency=16, output_spread=0.9)
     rows = []
-    alone = Load("", info.name, arguments.requests, 1, arguments.prompt_tokens, arguments.output_tokens, seed=1)
-    many = Load(
-        "", info.name, 16 * arguments.batches, 16, arguments.prompt_tokens, arguments.output_tokens, 0.9, seed=2
-    )
     for name, load in (("one at a time", alone), ("16 at a time, mixed lengths", many)):
-        theirs = generate_all(model, load)
-        with running(arguments.model, "--dtype", "float32") as server:
-            served = Load(**{**{f: getattr(load, f) for f in load.__dataclass_fields__}, "url": server["url"]})
-            run(Load(**{**{f: getattr(served, f) for f in served.__dataclass_fields__}, "num_requests": 2, "seed": 9}))
-            answers, began, ended = run(served)
-        assert not any(answer.error for answer in answers), [answer.error for answer in answers]
-        ours = sum(answer.output_tokens for answer in answers) / (ended - began)
-        rows.append([name, f"{theirs:,.0f}", f"{ours:,.0f}", f"{ours / theirs:.1f}x"])
+        rounds = []
+        for number in range(options.rounds):
+            load = dataclasses.replace(load, seed=number)
+            rounds.append((generate_all(model, load), serve_all(options.model, load)))
+        theirs, ours = (statistics.median(column) for column in zip(*rounds, strict=True))
+        apart = " ".join(f"{b / a:.1f}x" for a, b in rounds)
+        rows.append([name, f"{theirs:,.0f}", f"{ours:,.0f}", f"{ours / theirs:.1f}x", apart])
     print(
-        f"{info.name}, float32, {arguments.prompt_tokens} in, {arguments.output_tokens} out "
-        f"(mixed: 10 % to 190 % of it), transformers {transformers.__version__}, torch {torch.__version__}, "
-        f"{psutil.cpu_count()} cores, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}\n"
+        f"{lines(stamped)}\n\n{info.name}, float32, {options.prompt_tokens} in, {options.output_tokens} out "
+        f"(mixed: 10 % to 190 % of it), greedy; {torch.get_num_threads()} threads for transformers; "
+        "medians of the rounds\n"
     )
-    print(table(["load", "transformers tokens/s", "Quire tokens/s", "ratio"], rows))
+    print(table(["load", "transformers tokens/s", "Quire tokens/s", "ratio", "of each round"], rows))
     return 0
+
+
+def serve_all(model: str, load: Load) -> float:
+    """Tokens per second of Quire over HTTP, ramp and tail included, as in `generate_all`."""
+    with running(model, "--dtype", "float32") as server:
+        load = dataclasses.replace(load, url=server["url"])
+        send(dataclasses.replace(load, num_requests=2, seed=-1))
+        sent = send(load)
+    if wrong := [
+        answer.error or "length" for answer in sent.answers if answer.output_tokens != load.max_tokens(answer.index)
+    ]:
+        raise QuireError("engine_failed", f"{len(wrong)} requests failed: {wrong[0]}")
+    return sum(answer.output_tokens for answer in sent.answers) / (sent.ended_s - sent.began_s)
 
 
 def generate_all(model: Any, load: Load) -> float:

@@ -1,26 +1,35 @@
-"""Load: what a benchmark sends, and the processes that send it."""
+"""Load: what one measurement sends, request by request."""
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import json
 import random
-import time
 from dataclasses import dataclass
 from typing import Any
 
-import uvloop
+from core.errors import QuireError
+from tools.bench.exact_text import ExactText
 
-from tools.bench.client import Answer, StreamClient
+_FIRST_ID = 5  # below lie the special tokens of most vocabularies
 
 
 @dataclass(frozen=True)
 class Load:
-    """One measurement. Prompts are random token ids of exact length, so that nothing is in a prefix cache by chance.
+    """One measurement. Everything in it follows from `seed`, so that two servers can be sent the same.
 
-    concurrency: requests in flight (closed loop). rate: arrivals per second (Poisson) instead, when not None.
-    shared_prefix: leading tokens that all prompts have in common. turns: each conversation sends its history again.
+    Prompts are random token ids of exact length; with `tokenizer` (a tokenizer.json) random words of exact length,
+    which chat needs. Random: nothing is in a prefix cache by chance.
+
+    Args:
+        num_requests: of all conversations and turns.
+        concurrency: requests in flight (closed loop), over all clients.
+        output_spread: output lengths are uniform in output_tokens * (1 ± spread).
+        rate: requests per second (Poisson arrivals) instead of the closed loop, when not None.
+        shared_prefix: leading tokens that all prompts of a prefix group have in common.
+        turns: turns of each conversation (chat only): turn t is sent when t - 1 is answered, with the whole history
+            and a new message of `prompt_tokens`.
+        overhead: tokens that the server adds to each prompt (chat template, BOS); taken off prompt_tokens.
+        clients: processes that send.
     """
 
     url: str
@@ -29,116 +38,78 @@ class Load:
     concurrency: int
     prompt_tokens: int = 512
     output_tokens: int = 256
-    output_spread: float = 0.0  # output lengths are uniform in output_tokens * (1 ± spread)
+    output_spread: float = 0.0
     vocab_size: int = 4096
     rate: float | None = None
     shared_prefix: int = 0
+    prefix_groups: int = 1
     turns: int = 1
     temperature: float = 0.0
     seed: int = 0
     key: str | None = None
     clients: int = 1
+    chat: bool = False
+    tokenizer: str | None = None
+    overhead: int = 0
+    timeout_s: float = 600.0
 
-    def prompt(self, index: int) -> list[int]:
-        """Token ids of request `index`. Turn t of a conversation begins with all of turn t - 1."""
+    def __post_init__(self) -> None:
+        if self.chat and self.tokenizer is None:
+            raise QuireError("invalid_config", "--chat: messages are text, so give --tokenizer too", "tokenizer")
+        if self.turns > 1 and not self.chat:
+            raise QuireError("invalid_config", "--turns: answers come back as text, so give --chat too", "turns")
+        if self.num_requests % self.turns:
+            raise QuireError("invalid_config", f"--requests: must be a multiple of --turns {self.turns}", "requests")
+        if not 0 <= self.shared_prefix < self.prompt_tokens - self.overhead:
+            raise QuireError(
+                "invalid_config",
+                f"--prompt-tokens: {self.prompt_tokens} must exceed --shared-prefix {self.shared_prefix} and the "
+                f"{self.overhead} tokens that the server adds",
+                "prompt_tokens",
+            )
+
+    @property
+    def path(self) -> str:
+        """The door that is sent to."""
+        return "/v1/chat/completions" if self.chat else "/v1/completions"
+
+    @property
+    def conversations(self) -> int:
+        return self.num_requests // self.turns
+
+    def prompt(self, index: int) -> list[int] | str:
+        """Token ids or text of request `index` (in a conversation: its new message)."""
         conversation, turn = divmod(index, self.turns)
-        shared = random.Random(self.seed).choices(range(5, self.vocab_size), k=self.shared_prefix)
-        own = random.Random(f"{self.seed} {conversation}")
-        length = max(1, self.prompt_tokens - self.shared_prefix)
-        return shared + own.choices(range(5, self.vocab_size), k=length + turn * length)
+        shared = random.Random(f"{self.seed} prefix {conversation % self.prefix_groups}")
+        own = random.Random(f"{self.seed} {index}")
+        num_shared = self.shared_prefix if turn == 0 else 0
+        num_own = self.prompt_tokens - self.overhead - num_shared
+        if self.tokenizer is None:
+            ids = range(_FIRST_ID, self.vocab_size)
+            return shared.choices(ids, k=num_shared) + own.choices(ids, k=num_own)
+        text = ExactText.load(self.tokenizer)
+        parts = [text.draw(rng, count) for rng, count in ((shared, num_shared), (own, num_own)) if count]
+        return " ".join(parts)
 
-    def body(self, index: int) -> bytes:
-        """The JSON of request `index`."""
+    def max_tokens(self, index: int) -> int:
+        """The exact output length of request `index`."""
         spread = random.Random(f"{self.seed} length {index}").uniform(-self.output_spread, self.output_spread)
+        return max(1, round(self.output_tokens * (1 + spread)))
+
+    def body(self, index: int, history: list[dict[str, str]] | None = None) -> bytes:
+        """The JSON of request `index`; `history`: the messages before it."""
+        prompt = self.prompt(index)
+        asked: dict[str, Any] = {"prompt": prompt}
+        if self.chat:
+            asked = {"messages": [*(history or []), {"role": "user", "content": prompt}]}
         return json.dumps(
             {
                 "model": self.model,
-                "prompt": self.prompt(index),
-                "max_tokens": max(1, round(self.output_tokens * (1 + spread))),
+                **asked,
+                "max_tokens": self.max_tokens(index),
                 "temperature": self.temperature,
                 "ignore_eos": True,
                 "stream": True,
                 "stream_options": {"include_usage": True},
             }
         ).encode()
-
-
-async def send(load: Load, client: int) -> list[Answer]:
-    """This client's share of a load: requests client, client + clients, …"""
-    indices = iter(range(client, load.num_requests, load.clients))
-    answers: list[Answer] = []
-    bodies = {index: load.body(index) for index in range(client, load.num_requests, load.clients)}
-
-    async def stay_in_flight() -> None:
-        connection = StreamClient(load.url)
-        for index in indices:
-            answers.append(await connection.ask(index, "/v1/completions", bodies.pop(index), load.key))
-        connection.abandon()
-
-    async def arrive(index: int) -> None:
-        connection = StreamClient(load.url)
-        answers.append(await connection.ask(index, "/v1/completions", bodies.pop(index), load.key))
-        connection.abandon()
-
-    if load.rate is None:
-        share = load.concurrency // load.clients + (client < load.concurrency % load.clients)
-        await asyncio.gather(*(stay_in_flight() for _ in range(share)))
-        return answers
-    arrivals = random.Random(f"{load.seed} arrivals {client}")
-    tasks = []
-    for index in indices:
-        await asyncio.sleep(arrivals.expovariate(load.rate / load.clients))
-        tasks.append(asyncio.create_task(arrive(index)))
-    await asyncio.gather(*tasks)
-    return answers
-
-
-def _client(load: Load, client: int) -> list[Answer]:
-    answers: list[Answer] = uvloop.run(send(load, client))
-    return answers
-
-
-def run(load: Load) -> tuple[list[Answer], float, float]:
-    """Send a load from its client processes; returns the answers and when it began and ended."""
-    began = time.monotonic()
-    if load.clients == 1:
-        answers = _client(load, 0)
-    else:
-        with concurrent.futures.ProcessPoolExecutor(load.clients) as pool:
-            parts = list(pool.map(_client, [load] * load.clients, range(load.clients)))
-        answers = [answer for part in parts for answer in part]
-    return answers, began, time.monotonic()
-
-
-def as_row(load: Load, report: dict[str, Any]) -> list[str]:
-    """The cells of a Markdown table row; see HEADER."""
-
-    def milliseconds(key: str, share: str) -> str:
-        value = report[key][share]
-        return "-" if value is None else f"{value * 1000:,.1f}"
-
-    arrival = f"{load.rate:g}/s" if load.rate is not None else f"{load.concurrency}"
-    return [
-        arrival,
-        f"{report['output_tokens_per_s']:,.0f}",
-        f"{report['requests_per_s']:,.2f}",
-        f"{milliseconds('ttft_s', 'p50')} / {milliseconds('ttft_s', 'p99')}",
-        f"{milliseconds('tpot_s', 'p50')} / {milliseconds('tpot_s', 'p99')}",
-        f"{milliseconds('inter_token_s', 'p50')} / {milliseconds('inter_token_s', 'p99')}",
-        f"{report['end_to_end_s']['p99']:,.2f}" if report["end_to_end_s"]["p99"] is not None else "-",
-        f"{report['num_ok']}",
-        ", ".join(f"{code} {count}" for code, count in report["errors"].items()) or "0",
-    ]
-
-
-HEADER = [
-    "C",
-    "tokens/s",
-    "requests/s",
-    "TTFT p50 / p99 ms",
-    "TPOT p50 / p99 ms",
-    "inter-token p50 / p99 ms",
-    "end-to-end p99 s",
-    "N",
-    "errors",
-]

@@ -2,139 +2,146 @@
 
 python -m tools.bench serve --concurrency 1,8,64 --prompt-tokens 512 --output-tokens 256
 python -m tools.bench serve --url http://host:8000 --model m --rate 20 --requests 500
+python -m tools.bench serve --chat --tokenizer m/tokenizer.json --turns 4 --shared-prefix 256
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import platform
 import sys
 import time
+import urllib.error
 import urllib.request
 from typing import Any
 
-import psutil
-
 import quire
 from core.errors import QuireError
-from tools.bench.load import HEADER, Load, as_row, run
-from tools.bench.report import report, table
+from tools.bench.cpu_shares import CpuShares
+from tools.bench.load import Load
+from tools.bench.plot import plot, require_matplotlib
+from tools.bench.report import HEADER, notes, report, row, table
+from tools.bench.sender import send
+from tools.bench.stamp import lines, stamp
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure each concurrency (or rate) in turn and print one table."""
-    parser = argparse.ArgumentParser(
-        prog="quire bench serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    """Measure each concurrency (or rate) in turn and print one table. 1 when a request failed."""
+    argv = sys.argv[1:] if argv is None else argv
+    options = _parser().parse_args(argv)
+    try:
+        if options.plot:
+            require_matplotlib()
+        stamped = stamp("serve", argv)
+        loads = _loads(options)
+        if options.warmup:
+            send(dataclasses.replace(loads[0], **_warm_up(loads[0], options.warmup)))
+        results = [measure(load, options.server_pid) for load in loads if _say(load)]
+    except QuireError as error:
+        print(f"quire bench serve: {error.message}", file=sys.stderr)
+        return 2
+    if options.json:
+        settings = {**dataclasses.asdict(loads[0]), "key": None}
+        print(json.dumps({**stamped, "settings": settings, "results": results}))
+    else:
+        print(f"{lines(stamped)}\n\n{table(HEADER, [row(result) for result in results])}")
+        if any(result["cpu_shares"] for result in results):
+            print("\nCPU share of each process (100 %: one core)\n\n" + shares_table(results))
+        for note in notes(results):
+            print(f"\nNote: {note}.")
+    if options.plot:
+        plot(results, options.plot)
+    return 1 if any(result["errors"] for result in results) else 0
+
+
+def measure(load: Load, server_pid: int | None = None) -> dict[str, Any]:
+    """Send a load; its report, with the CPU share of each server process when the server is local."""
+    shares = CpuShares(server_pid) if server_pid else CpuShares.of_url(load.url)
+    sent = send(load)
+    result = report(load, sent)
+    result["cpu_shares"] = shares.shares(sent.ended_s - sent.began_s) if shares else {}
+    return result
+
+
+def shares_table(results: list[dict[str, Any]]) -> str:
+    """CPU share of each server process, and of the busiest client process."""
+    names = list(dict.fromkeys(name for result in results for name in result["cpu_shares"]))
+    cells = [
+        [row(r)[0], *(f"{r['cpu_shares'].get(n, 0):.0%}" for n in names), f"{max(r['client_shares']):.0%}"]
+        for r in results
+    ]
+    return table(["C", *names, "client"], cells)
+
+
+def _loads(options: argparse.Namespace) -> list[Load]:
+    url = (options.url or _local_url()).rstrip("/").removesuffix("/v1")
+    load = Load(
+        url=url,
+        model=options.model or _first_model(url, options.key),
+        num_requests=options.turns,
+        concurrency=1,
+        prompt_tokens=options.prompt_tokens,
+        output_tokens=options.output_tokens,
+        output_spread=options.output_spread,
+        vocab_size=options.vocab_size,
+        shared_prefix=options.shared_prefix,
+        prefix_groups=options.prefix_groups,
+        turns=options.turns,
+        temperature=options.temperature,
+        seed=options.seed,
+        key=options.key,
+        chat=options.chat,
+        tokenizer=options.tokenizer,
+        timeout_s=options.timeout_s,
     )
-    parser.add_argument("--url", help="server's URL; default: this user's newest running Quire")
-    parser.add_argument("--model", help="default: the first that the server lists")
-    parser.add_argument("--key", help="API key")
-    parser.add_argument("--concurrency", default="1,8,64", help="requests in flight, a list")
-    parser.add_argument("--rate", help="arrivals per second instead (Poisson), a list")
-    parser.add_argument("--requests", type=int, help="per measurement; default: 4 per concurrency, at least 16")
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--output-tokens", type=int, default=256)
-    parser.add_argument("--output-spread", type=float, default=0.0, help="output lengths vary by this share")
-    parser.add_argument("--shared-prefix", type=int, default=0, help="leading tokens that all prompts share")
-    parser.add_argument("--turns", type=int, default=1, help="turns of each conversation")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="token ids are drawn below this")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--clients", type=int, default=1, help="client processes")
-    parser.add_argument("--warmup", type=int, default=4, help="requests before the first measurement")
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="of prompts and arrivals")
-    parser.add_argument("--json", action="store_true", help="one JSON object per measurement instead of the table")
-    parser.add_argument("--processes", action="store_true", help="also the CPU share of each server process (local)")
-    parser.add_argument("--plot", metavar="FILE", help="throughput against latency as a picture (needs matplotlib)")
-    arguments = parser.parse_args(argv)
-    url = arguments.url or _local_url()
-    model = arguments.model or _first_model(url, arguments.key)
-    points = [(None, int(text)) for text in arguments.concurrency.split(",")]
-    if arguments.rate:
-        points = [(float(text), 64) for text in arguments.rate.split(",")]  # type: ignore[misc]
-    rows: list[list[str]] = []
-    reports: list[dict[str, Any]] = []
-    for number, (rate, concurrency) in enumerate(points):
-        load = Load(
-            url=url,
-            model=model,
-            num_requests=arguments.requests or max(16, 4 * concurrency),
+    if load.tokenizer is not None:
+        load = dataclasses.replace(load, overhead=_overhead(load))
+    points: list[tuple[float | None, int]] = [(None, int(text)) for text in options.concurrency.split(",")]
+    if options.rate:
+        points = [(float(text), options.clients) for text in options.rate.split(",")]
+    return [
+        dataclasses.replace(
+            load,
+            num_requests=_round_up(options.requests or _enough(rate, concurrency), options.turns),
             concurrency=concurrency,
-            prompt_tokens=arguments.prompt_tokens,
-            output_tokens=arguments.output_tokens,
-            output_spread=arguments.output_spread,
-            vocab_size=arguments.vocab_size,
             rate=rate,
-            shared_prefix=arguments.shared_prefix,
-            turns=arguments.turns,
-            temperature=arguments.temperature,
-            seed=arguments.seed + number,
-            key=arguments.key,
-            clients=min(arguments.clients, concurrency),
+            seed=options.seed + number,  # else a point would find the prompts of the one before in the cache
+            clients=min(options.clients, concurrency),
         )
-        if number == 0 and arguments.warmup:
-            warm = {**{f: getattr(load, f) for f in load.__dataclass_fields__}, "num_requests": arguments.warmup}
-            run(Load(**{**warm, "concurrency": min(4, arguments.warmup), "rate": None, "clients": 1, "seed": -1}))
-        before = cpu_seconds() if arguments.processes else {}
-        answers, began, ended = run(load)
-        result = report(answers, concurrency if rate is None else 0, began, ended)
-        result["concurrency"], result["rate"] = concurrency, rate
-        if arguments.processes:
-            after = cpu_seconds()
-            result["cpu_share"] = {
-                name: (seconds - before[name]) / (ended - began) for name, seconds in after.items() if name in before
-            }
-        reports.append(result)
-        rows.append(as_row(load, result))
-        print(
-            json.dumps(result) if arguments.json else f"  {rows[-1]}", file=sys.stderr if not arguments.json else None
+        for number, (rate, concurrency) in enumerate(points)
+    ]
+
+
+def _enough(rate: float | None, concurrency: int) -> int:
+    """Requests of a measurement: two waves in the steady state, or half a minute of arrivals."""
+    return max(16, 4 * concurrency) if rate is None else max(64, int(30 * rate))
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _warm_up(load: Load, num_requests: int) -> dict[str, Any]:
+    count = _round_up(num_requests, load.turns)
+    return {"num_requests": count, "concurrency": min(4, count), "rate": None, "clients": 1, "seed": -1}
+
+
+def _overhead(load: Load) -> int:
+    """Tokens that the server adds to a text prompt: asked of the server by one request."""
+    probe = dataclasses.replace(load, num_requests=1, turns=1, output_tokens=1, output_spread=0.0, seed=-2)
+    answer = send(probe).answers[0]
+    if answer.error or not answer.prompt_tokens:
+        raise QuireError(
+            "engine_failed", f"the probe of the chat template's length failed: {answer.error or 'no usage'}"
         )
-    if not arguments.json:
-        print(f"\n{url}, {model}: {arguments.prompt_tokens} in, {arguments.output_tokens} out, {_machine()}\n")
-        print(table(HEADER, rows))
-        if arguments.processes:
-            names = list(reports[0]["cpu_share"])
-            cells = [
-                [str(r["concurrency"]), *(f"{r['cpu_share'].get(name, 0):.0%}" for name in names)] for r in reports
-            ]
-            print("\n" + table(["C", *names], cells))
-    if arguments.plot:
-        plot(reports, arguments.plot)
-    return 0 if all(not result["errors"] for result in reports) else 1
+    return answer.prompt_tokens - load.prompt_tokens
 
 
-def cpu_seconds() -> dict[str, float]:
-    """CPU seconds so far of each process of this user's newest server."""
-    servers = quire.find_servers()
-    if not servers:
-        return {}
-    supervisor = psutil.Process(servers[0]["pid"])
-    found: dict[str, float] = {}
-    for process in [supervisor, *supervisor.children(recursive=True)]:
-        times = process.cpu_times()
-        title = " ".join(process.cmdline()).strip()
-        name = title.removeprefix("quire: ") if title.startswith("quire: ") else "supervisor"
-        found[name] = found.get(name, 0.0) + times.user + times.system
-    return found
-
-
-def plot(reports: list[dict[str, Any]], path: str) -> None:
-    """Throughput against the median inter-token time, one point per measurement."""
-    import matplotlib.pyplot as plt  # optional: only --plot needs it
-
-    figure, axes = plt.subplots(figsize=(6, 4))
-    xs = [result["inter_token_s"]["p50"] * 1000 for result in reports]
-    ys = [result["output_tokens_per_s"] for result in reports]
-    axes.plot(xs, ys, marker="o")
-    for x, y, result in zip(xs, ys, reports, strict=True):
-        axes.annotate(str(result["rate"] or result["concurrency"]), (x, y))
-    axes.set_xlabel("median inter-token time, ms")
-    axes.set_ylabel("output tokens/s")
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-
-
-def _machine() -> str:
-    return f"{psutil.cpu_count()} cores, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}"
+def _say(load: Load) -> bool:
+    arrivals = f"{load.rate:g} requests/s" if load.rate is not None else f"{load.concurrency} in flight"
+    print(f"  {load.num_requests} requests, {arrivals} …", file=sys.stderr)
+    return True
 
 
 def _local_url() -> str:
@@ -146,8 +153,46 @@ def _local_url() -> str:
 
 def _first_model(url: str, key: str | None) -> str:
     request = urllib.request.Request(url + "/v1/models", headers={"Authorization": f"Bearer {key}"} if key else {})
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        return str(json.load(answer)["data"][0]["id"])
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return str(json.load(answer)["data"][0]["id"])
+    except (OSError, urllib.error.URLError, ValueError, LookupError) as error:
+        raise QuireError("not_found", f"{url}/v1/models names no model ({error}); pass --model") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="quire bench serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    server = parser.add_argument_group("server")
+    server.add_argument("--url", help="default: this user's newest running Quire")
+    server.add_argument("--model", help="default: the first that the server lists")
+    server.add_argument("--key", help="API key")
+    server.add_argument(
+        "--server-pid", type=int, help="root process of a local server that is not Quire, for CPU shares"
+    )
+    load = parser.add_argument_group("load")
+    load.add_argument("--concurrency", default="1,8,64", help="requests in flight, a list (default: %(default)s)")
+    load.add_argument("--rate", help="arrivals per second instead (Poisson), a list")
+    load.add_argument("--requests", type=int, help="of each; default: 4 per concurrency, at least 16; 30 s of a rate")
+    load.add_argument("--prompt-tokens", type=int, default=512, help="exact (default: %(default)s)")
+    load.add_argument("--output-tokens", type=int, default=256, help="exact (default: %(default)s)")
+    load.add_argument("--output-spread", type=float, default=0.0, help="output lengths vary by this share")
+    load.add_argument("--shared-prefix", type=int, default=0, help="leading tokens that prompts share")
+    load.add_argument("--prefix-groups", type=int, default=1, help="groups of prompts that share one")
+    load.add_argument("--turns", type=int, default=1, help="turns of each conversation (--chat)")
+    load.add_argument("--chat", action="store_true", help="/v1/chat/completions instead of /v1/completions")
+    load.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json: prompts are text instead of token ids")
+    load.add_argument("--vocab-size", type=int, default=4096, help="token ids are drawn below this")
+    load.add_argument("--temperature", type=float, default=0.0)
+    load.add_argument("--seed", type=int, default=int(time.time()), help="of prompts and arrivals; default: the time")
+    run = parser.add_argument_group("measurement")
+    run.add_argument("--clients", type=int, default=1, help="client processes")
+    run.add_argument("--warmup", type=int, default=4, help="requests before the first measurement")
+    run.add_argument("--timeout-s", type=float, default=600.0, help="of one request")
+    run.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    run.add_argument("--plot", metavar="FILE", help="throughput against latency as a picture (needs matplotlib)")
+    return parser
 
 
 if __name__ == "__main__":

@@ -37,10 +37,20 @@ def running(*options: str, timeout_s: float = 600.0) -> Iterator[dict[str, Any]]
         found = [server for server in quire.find_servers() if server["pid"] == process.pid]
         if not found:
             raise RuntimeError("the server did not start:\n" + "\n".join(lines))
-        with urllib.request.urlopen(found[0]["url"] + "/health", timeout=30) as answer:
-            if answer.status != 200:
-                raise RuntimeError(f"/health answered {answer.status}")
+        while not _healthy(found[0]["url"]):
+            if time.monotonic() - began > timeout_s or process.poll() is not None:
+                raise RuntimeError("the server was never healthy:\n" + "\n".join(lines))
+            time.sleep(0.01)
         yield {**found[0], "start_s": time.monotonic() - began, "lines": lines}
     finally:
         process.terminate()
         process.wait(60)
+
+
+def _healthy(url: str) -> bool:
+    """Does the server answer 200 on /health? A refused connection or 503 means: not yet."""
+    try:
+        with urllib.request.urlopen(url + "/health", timeout=30) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
