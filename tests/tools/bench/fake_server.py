@@ -18,7 +18,7 @@ class FakeServer:
     """Answers every request with max_tokens chunks of one token, then usage.
 
     chat_overhead: tokens that the template adds. pause_s: before each chunk. cut: bytes per write (0: an event each).
-    separator: what ends a line. fail: a whole HTTP answer instead, for the bodies that it wants to refuse.
+    newline: what ends a line. fail: a whole HTTP answer instead, for the bodies that it wants to refuse.
     """
 
     url: str = ""
@@ -80,7 +80,7 @@ class FakeServer:
     def _events(self, path: str, body: dict[str, Any]) -> Iterator[str]:
         chat = path == "/v1/chat/completions"
         if chat:
-            yield '{"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}],"usage":null}'
+            yield '{"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}'
         for number in range(body["max_tokens"]):
             text = f'w{number} "usage":{{ }} "choices":[]\n\n'  # nasty: must not be taken for the event's own keys
             piece: dict[str, Any] = {"delta": {"content": text}} if chat else {"text": text}
