@@ -9,72 +9,54 @@ from typing import Any
 import tokenizers
 
 from core.errors import QuireError
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The printable stand-ins that byte-level BPE writes for bytes (Radford et al. 2019), reversed."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    alphabet = {chr(byte): byte for byte in plain}
-    others = [byte for byte in range(256) if byte not in set(plain)]
-    alphabet.update({chr(256 + i): byte for i, byte in enumerate(others)})
-    return alphabet
-
-
-_BYTES = _byte_alphabet()
+from core.token_bytes import TokenBytes
 
 
 class TextCodec:
-    """A tokenizer, its special tokens, and the bytes of each token.
-
-    byte_level: every token is a run of bytes whatever stands beside it, so ids decode one by one.
-    """
+    """A tokenizer, its special tokens, and the bytes of each token. Raises QuireError model_invalid when unreadable."""
 
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
         try:
             self.tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
-            description = json.loads(path.read_text())
+            description = json.loads(path.read_bytes())
         except Exception as error:  # the library raises bare Exception for a malformed file
             raise QuireError("model_invalid", f"cannot read {path}: {error}", "model") from None
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        decoder = description.get("decoder") or {}
-        self.byte_level = decoder.get("type") == "ByteLevel"
-        self._metaspace = "\u2581" if "\u2581" in json.dumps(decoder, ensure_ascii=False) else ""
-        self.special_ids = {token["id"] for token in description.get("added_tokens", []) if token["special"]}
+        added = description.get("added_tokens") or []
+        self.token_bytes = TokenBytes(self.tokenizer, description.get("decoder"))
+        self.special_ids = frozenset(token["id"] for token in added if token["special"])
         self.num_ids: int = self.tokenizer.get_vocab_size(with_added_tokens=True)
-        self._bytes: dict[int, bytes] = {}
+        # Only where each token is its own bytes, and nothing else is taken from the text, does length say anything.
+        exact = self.token_bytes.byte_level and not description.get("normalizer")
+        if exact and not any(token.get("lstrip") or token.get("rstrip") for token in added):
+            self._longest_token = max(len(token.encode()) for token in self.tokenizer.get_vocab(True))
+        else:
+            self._longest_token = 0
 
     def encode(self, text: str, special_tokens: bool) -> list[int]:
-        """Token ids of `text`; with `special_tokens` also those that the tokenizer's post-processor adds."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special_tokens).ids
+        """Token ids of `text`; with `special_tokens` also those that the tokenizer's post-processor adds.
+
+        Raises QuireError for text that is not Unicode (a lone surrogate, which JSON can spell).
+        """
+        try:
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special_tokens).ids
+        except TypeError:
+            raise QuireError(
+                "invalid_value", "the prompt holds a lone surrogate (\\ud800 to \\udfff)", "prompt"
+            ) from None
         return ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """A lower bound of the tokens of `text`, without encoding it."""
+        return len(text) // self._longest_token if self._longest_token else 0
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         """Text of a whole sequence."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for; empty for an id without a token."""
-        known = self._bytes.get(token_id)
-        if known is None:
-            known = self._bytes[token_id] = self._find_bytes(token_id)
-        return known
-
     def token_text(self, token_id: int) -> str:
         """The text of one token by itself; U+FFFD where it holds a part of a character."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
-
-    def _find_bytes(self, token_id: int) -> bytes:
-        token: str | None = self.tokenizer.id_to_token(token_id)
-        if token is None:
-            return b""
-        if self.byte_level:
-            try:
-                return bytes(_BYTES[character] for character in token)
-            except KeyError:  # an added token, written as it is
-                return token.encode()
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes([int(token[3:5], 16)])
-        return (token.replace(self._metaspace, " ") if self._metaspace else token).encode()
