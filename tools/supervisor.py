@@ -100,9 +100,10 @@ class Supervisor:
             self.state = "failed"
             code = 1
         finally:
+            drain = self.state == "ready"  # a start that is given up has no answers to finish
             if code == 0:
                 self.state = "draining"
-            self.stop(drain=code == 0)
+            self.stop(drain)
             self._server.close()
             self._context.term()
             self.run_dir.remove()
@@ -154,7 +155,7 @@ class Supervisor:
                         + "; ".join(part for part in (child.ready.detail, phases) if part)
                     )
                 elif child.process.poll() is not None:
-                    raise StartFailed(f"{child.name} ended with code {child.process.returncode} before it was ready")
+                    raise StartFailed(f"{child.name} ended with code {child.process.returncode} before the server was ready")
             if len(told) == len(self.children):
                 return
 
