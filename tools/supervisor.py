@@ -155,7 +155,8 @@ class Supervisor:
                         + "; ".join(part for part in (child.ready.detail, phases) if part)
                     )
                 elif child.process.poll() is not None:
-                    raise StartFailed(f"{child.name} ended with code {child.process.returncode} before the server was ready")
+                    code = child.process.returncode
+                    raise StartFailed(f"{child.name} ended with code {code} before the server was ready")
             if len(told) == len(self.children):
                 return
 
