@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from hw.cuda.product import Product, finish
 from hw.cuda.target import supports_pdl
 from hw.kvcache import KVCachePool, KVLayout
 from hw.ops import Ops
+
+log = logging.getLogger("quire.cuda")
 
 MIN_COMPUTE_CAPABILITY = (8, 0)  # bfloat16 products
 FP8_COMPUTE_CAPABILITY = (8, 9)  # e4m3 products
@@ -52,6 +55,7 @@ class CudaBackend:
         """FP8 storage gets a scale per layer for K and for V, 1 until it is set (see LayerCache)."""
         pool = KVCachePool(layout, self.device)
         if layout.dtype.itemsize == 1:
+            log.warning("FP8 KV cache: scales are 1.0 (nothing is calibrated yet); values beyond 448 are clipped")
             scales = torch.ones(len(pool.layers), 2, dtype=torch.float32, device=self.device)
             pool.layers = [
                 replace(cache, k_scale=scale[0], v_scale=scale[1])
