@@ -152,12 +152,13 @@ def test_a_full_queue_is_429_with_retry_after(serve: Serve) -> None:
     options = ("--device", "null", "--null-step-ms", "20", "--max-num-seqs", "1", "--max-queued-requests", "2")
     with serve(*options) as server:
         outcomes: list[Any] = []
+        waits: list[float] = []
 
         def one() -> None:
             try:
                 outcomes.append(ask(server, max_tokens=20).usage.completion_tokens)
             except openai.RateLimitError as error:
-                assert float(error.response.headers["retry-after"]) >= 1
+                waits.append(float(error.response.headers["retry-after"]))
                 outcomes.append(error.code)
 
         threads = [threading.Thread(target=one) for _ in range(12)]
@@ -166,6 +167,8 @@ def test_a_full_queue_is_429_with_retry_after(serve: Serve) -> None:
         for thread in threads:
             thread.join()
         assert len(outcomes) == 12
+        assert waits
+        assert min(waits) >= 1
         assert set(outcomes) == {20, "queue_full"}
         assert outcomes.count(20) >= 3
         assert ask(server, max_tokens=3).usage.completion_tokens == 3

@@ -1,6 +1,6 @@
 """`quire bench sweep`: start a server, measure it at several concurrencies, stop it. One command per row of RESULTS.md.
 
-    python -m tools.bench sweep --concurrency 1,16,64 -- MODEL --device cuda --quantization fp8 --load-format dummy
+python -m tools.bench sweep --concurrency 1,16,64 -- MODEL --device cuda --quantization fp8 --load-format dummy
 """
 
 from __future__ import annotations
