@@ -9,23 +9,37 @@ from core.text_codec import TextCodec
 
 
 class ChoiceText:
-    """One choice: ids in, text out, up to its end."""
+    """One choice: ids in, text out, up to its end.
 
-    __slots__ = ("detokenizer", "done", "num_tokens", "stops")
+    detokenizer: None for a client that wants no text.
+    min_tokens: the first so many tokens are not searched for stop strings, as they may not end the choice.
+    """
 
-    def __init__(self, detokenizer: Detokenizer, stops: StopStrings | None) -> None:
+    __slots__ = ("_unsearched", "detokenizer", "done", "num_tokens", "stops")
+
+    def __init__(self, detokenizer: Detokenizer | None, stops: StopStrings | None, min_tokens: int = 0) -> None:
         self.detokenizer = detokenizer
         self.stops = stops
         self.num_tokens = 0
         self.done = False
+        self._unsearched = min_tokens
 
     def push(self, token_id: int) -> str:
         """The text that a token adds for the client; sets stops.hit at a stop string."""
+        if self.detokenizer is None:
+            return ""
         text = self.detokenizer.push(token_id)
-        return text if self.stops is None else self.stops.push(text)
+        if self.stops is None:
+            return text
+        if self._unsearched:
+            self._unsearched -= 1
+            return text
+        return self.stops.push(text)
 
     def flush(self) -> str:
         """What was held back, at an end that no stop string made."""
+        if self.detokenizer is None:
+            return ""
         text = self.detokenizer.flush()
         if self.stops is None:
             return text
@@ -37,13 +51,15 @@ class LiveText:
     """A request under way. `take` turns the scheduler's news of a choice into the client's."""
 
     __slots__ = (
-        "cached_tokens", "choices", "codec", "num_open", "peer", "prompt_ids", "prompt_seen", "request_id",
-        "sampling", "stop_hits",
+        "cached_tokens", "choices", "codec", "epoch", "num_open", "peer", "prompt_ids", "prompt_seen", "request_id",
+        "sampling", "stop_hits", "want_text",
     )  # fmt: skip
 
     def __init__(self, peer: str, generate: Generate, prompt_ids: list[int], codec: TextCodec) -> None:
         self.peer = peer
         self.request_id = generate.request_id
+        self.epoch = generate.epoch
+        self.want_text = generate.want_text
         self.sampling = generate.sampling
         self.prompt_ids = prompt_ids
         self.prompt_seen = 0
@@ -58,7 +74,9 @@ class LiveText:
     def _new_choice(self) -> ChoiceText:
         sampling = self.sampling
         stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output) if sampling.stop else None
-        return ChoiceText(new_detokenizer(self.codec, sampling.skip_special_tokens), stops)
+        if not self.want_text and stops is None:
+            return ChoiceText(None, None)
+        return ChoiceText(new_detokenizer(self.codec, sampling.skip_special_tokens), stops, sampling.min_tokens)
 
     def _replay(self, generate: Generate) -> None:
         """Bring the choices to where they were; the client has that text already."""
@@ -71,14 +89,17 @@ class LiveText:
             for token_id in resumed[index]:
                 choice.push(token_id)
             choice.num_tokens = len(resumed[index])
+            if resumed[index]:
+                self.prompt_seen = len(self.prompt_ids)  # what is known of the prompt came before the first token
 
     def take(self, output: SequenceOutput) -> tuple[Delta | None, bool]:
         """The client's news, and whether a stop string ended the choice (the scheduler must be told).
 
-        None for news of a choice that has ended: tokens after a stop string are dropped and not counted.
+        None for news of a choice that has ended (tokens after a stop string are dropped and not counted), and for news
+        of the request's life before it was resumed.
         """
         choice = self.choices[output.choice]
-        if choice.done:
+        if choice.done or output.epoch != self.epoch:
             return None, False
         self.cached_tokens = self.cached_tokens or output.cached_tokens
         token_ids = output.token_ids
@@ -134,20 +155,21 @@ class LiveText:
         return [self._token(token_id, entry) for token_id, entry in zip(token_ids, logprobs, strict=False)]
 
     def _prompt_logprobs(self, logprobs: list[TokenLogprobs]) -> list[TokenText | None]:
-        if not logprobs:
+        """None for the first token, before which there is nothing, then one for each entry."""
+        if not logprobs and (self.prompt_seen or self.sampling.prompt_logprobs is None):
             return []
-        tokens: list[TokenText | None] = [] if self.prompt_seen else [None]
-        for entry in logprobs:
-            self.prompt_seen += 1
-            tokens.append(self._token(self.prompt_ids[self.prompt_seen], entry))
+        tokens: list[TokenText | None] = []
+        if self.prompt_seen == 0:
+            tokens.append(None)
+            self.prompt_seen = 1
+        for entry, token_id in zip(logprobs, self.prompt_ids[self.prompt_seen :], strict=False):
+            tokens.append(self._token(token_id, entry))
+        self.prompt_seen += len(logprobs)
         return tokens
 
     def _token(self, token_id: int, entry: TokenLogprobs) -> TokenText:
-        codec = self.codec
+        token = self.codec.token
         top = [
-            (other, codec.token_text(other), codec.token_bytes(other), logprob)
-            for other, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)
+            (other, *token(other), logprob) for other, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True)
         ]
-        return TokenText(
-            token_id, codec.token_text(token_id), codec.token_bytes(token_id), entry.logprob, entry.rank, top
-        )
+        return TokenText(token_id, *token(token_id), entry.logprob, entry.rank, top)

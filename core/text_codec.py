@@ -25,6 +25,7 @@ class TextCodec:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         added = description.get("added_tokens") or []
+        self._tokens: dict[int, tuple[str, bytes]] = {}
         self.token_bytes = TokenBytes(self.tokenizer, description.get("decoder"))
         self.special_ids = frozenset(token["id"] for token in added if token["special"])
         self.num_ids: int = self.tokenizer.get_vocab_size(with_added_tokens=True)
@@ -57,6 +58,10 @@ class TextCodec:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
-    def token_text(self, token_id: int) -> str:
-        """The text of one token by itself; U+FFFD where it holds a part of a character."""
-        return self.token_bytes(token_id).decode("utf-8", "replace")
+    def token(self, token_id: int) -> tuple[str, bytes]:
+        """One token by itself: its text, with U+FFFD where it holds a part of a character, and its bytes."""
+        known = self._tokens.get(token_id)
+        if known is None:
+            raw = self.token_bytes(token_id)
+            known = self._tokens[token_id] = (raw.decode("utf-8", "replace"), raw)
+        return known

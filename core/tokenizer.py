@@ -6,12 +6,14 @@ thread (the library releases the interpreter), so that nobody's stream waits for
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,11 @@ from core.process import Process, freeze_heap
 from core.stats import TokenizerSnapshot
 from core.text_codec import TextCodec
 
+log = logging.getLogger("quire.tokenizer")
+
 LONG_TEXT = 16_384  # characters; some 3 ms to encode
+NUM_ENCODERS = 2  # threads: one text of many megabytes does not hold up all other long ones
+TURN_S = 0.005  # after so long with news from one side, the other side has its turn
 
 
 class Requests:
@@ -83,8 +89,7 @@ class Requests:
 
     def begin(self, peer: str, generate: Generate, prompt_ids: list[int]) -> tuple[Started, Submit]:
         """Check the tokenized prompt and take the request up. Raises QuireError."""
-        field = "messages" if isinstance(generate.prompt, ChatPrompt) else "prompt"
-        self._check(prompt_ids, generate, field)
+        self._check(prompt_ids, generate, _field(generate))
         room = self.model.max_model_len - len(prompt_ids)
         sampling = generate.sampling
         if sampling.max_tokens is None:
@@ -119,15 +124,32 @@ class Requests:
         limit = self.model.max_model_len
         if not prompt_ids:
             raise QuireError("invalid_value", f"{field}: the prompt is empty; give at least one token", field)
-        most = max(prompt_ids)
-        if min(prompt_ids) < 0 or most >= self.model.vocab_size:
-            text = f"{field}: token id {most if most > 0 else min(prompt_ids)} is not in the vocabulary"
-            raise QuireError("invalid_value", f"{text} of {self.model.vocab_size} tokens", field)
+        least, most = min(prompt_ids), max(prompt_ids)
+        if least < 0 or most >= self.model.vocab_size:
+            wrong = least if least < 0 else most
+            text = f"{field}: token id {wrong} is not in the vocabulary of {self.model.vocab_size} tokens"
+            raise QuireError("invalid_value", text, field)
         wanted = generate.sampling.max_tokens
         if len(prompt_ids) >= limit or (wanted is not None and len(prompt_ids) + wanted > limit):
-            asked = f" and max_tokens asks for {wanted} more" if wanted is not None else ""
-            text = f"{field}: the prompt has {len(prompt_ids)} tokens{asked}; {self.model.name} takes {limit} in all"
-            raise QuireError("context_length_exceeded", text + "; shorten the prompt or lower max_tokens", field)
+            raise self._too_long(f"{len(prompt_ids)}", generate, field)
+
+    def check_text(self, text: str, generate: Generate) -> None:
+        """Refuse a text that cannot fit, however well it is encoded, without encoding it. Raises QuireError."""
+        fewest = self.codec.fewest_tokens(text)
+        if fewest >= self.model.max_model_len:
+            raise self._too_long(f"at least {fewest}", generate, _field(generate))
+
+    def _too_long(self, tokens: str, generate: Generate, field: str) -> QuireError:
+        wanted = generate.sampling.max_tokens
+        asked = f" and max_tokens asks for {wanted} more" if wanted is not None else ""
+        takes = f"{self.model.name} takes {self.model.max_model_len} in all"
+        text = f"{field}: the prompt has {tokens} tokens{asked}; {takes}; shorten the prompt or lower max_tokens"
+        return QuireError("context_length_exceeded", text, field)
+
+
+def _field(generate: Generate) -> str:
+    """What errors call the prompt."""
+    return "messages" if isinstance(generate.prompt, ChatPrompt) else "prompt"
 
 
 class TokenizerProcess:
@@ -138,8 +160,9 @@ class TokenizerProcess:
         self.requests = requests
         self.apis = apis
         self.scheduler = scheduler
-        self.pool = ThreadPoolExecutor(1, "encode")
-        self.encoding: set[str] = set()
+        self.pool = ThreadPoolExecutor(NUM_ENCODERS, "encode")
+        self.encoding: dict[str, Future[list[int]]] = {}
+        self.unsent: list[Stop | Abort] = []  # what a scheduler that does not read must still be told
         self.done: deque[Callable[[], None]] = deque()
         self.wake = os.eventfd(0, os.EFD_NONBLOCK)
 
@@ -152,6 +175,8 @@ class TokenizerProcess:
             poller.poll(500)
             self.hand_up()
             self.hand_down()
+            if self.unsent:
+                self.tell([])
             self.process.poll_control()
             if self.process.control.due():
                 self.requests.snapshot.live = len(self.requests.live)
@@ -162,7 +187,8 @@ class TokenizerProcess:
 
     def hand_down(self) -> None:
         """Take what the api processes have sent, and prompts whose encoding is done."""
-        while (frame := self.apis.receive(0)) is not None:
+        end_s = time.monotonic() + TURN_S
+        while time.monotonic() < end_s and (frame := self.apis.receive(0)) is not None:
             peer, messages = frame
             for message in messages:
                 match message:
@@ -170,52 +196,63 @@ class TokenizerProcess:
                         self.generate(peer, message)
                     case Abort(request_id):
                         self.abort(request_id)
-        if self.done:
+        # First the mark, then the work: what a thread adds in between wakes the loop once more.
+        with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.wake)
-            while self.done:
-                self.done.popleft()()
+        while self.done:
+            self.done.popleft()()
 
     def generate(self, peer: str, generate: Generate) -> None:
-        """Encode a request's prompt here, or in the thread when it is long."""
-        try:
+        """Encode a request's prompt here, or in a thread when it is long."""
+        with self.alone(peer, generate.request_id):
             asked = self.requests.text_of(generate)
             if asked is None:
                 assert isinstance(generate.prompt, TokensPrompt)
                 self.submit(peer, generate, generate.prompt.ids)
-            elif len(asked[0]) < LONG_TEXT:
+                return
+            self.requests.check_text(asked[0], generate)
+            if len(asked[0]) < LONG_TEXT:
                 self.submit(peer, generate, self.requests.codec.encode(*asked))
             else:
                 self.encode_aside(peer, generate, *asked)
+
+    @contextlib.contextmanager
+    def alone(self, peer: str, request_id: str) -> Iterator[None]:
+        """Whatever goes wrong inside is the end of this one request, and of nothing else."""
+        try:
+            yield
         except QuireError as error:
-            self.reject(peer, generate.request_id, error)
+            self.reject(peer, request_id, error)
+        except Exception:
+            log.exception("%s could not be tokenized", request_id)
+            self.reject(peer, request_id, QuireError("internal_error", "the prompt could not be tokenized"))
 
     def encode_aside(self, peer: str, generate: Generate, text: str, special_tokens: bool) -> None:
-        """Encode in the thread; the loop goes on and submits when it is done."""
-        # No token is longer than some bytes: a text far beyond the model's length need not be encoded to be refused.
-        self.encoding.add(generate.request_id)
+        """Encode in a thread; the loop goes on and submits when it is done."""
 
-        def encode() -> None:
-            ids = self.requests.codec.encode(text, special_tokens)
-            self.done.append(lambda: self.encoded(peer, generate, ids))
-            os.eventfd_write(self.wake, 1)
+        def finished(future: Future[list[int]]) -> None:
+            if not future.cancelled():
+                self.done.append(lambda: self.encoded(peer, generate, future))
+                os.eventfd_write(self.wake, 1)
 
-        self.pool.submit(encode)
+        future = self.pool.submit(self.requests.codec.encode, text, special_tokens)
+        self.encoding[generate.request_id] = future
+        future.add_done_callback(finished)
 
-    def encoded(self, peer: str, generate: Generate, ids: list[int]) -> None:
+    def encoded(self, peer: str, generate: Generate, future: Future[list[int]]) -> None:
         """A prompt is back from the thread."""
-        if generate.request_id not in self.encoding:
+        if self.encoding.get(generate.request_id) is not future:
             return  # aborted meanwhile
-        self.encoding.discard(generate.request_id)
-        try:
-            self.submit(peer, generate, ids)
-        except QuireError as error:
-            self.reject(peer, generate.request_id, error)
+        del self.encoding[generate.request_id]
+        with self.alone(peer, generate.request_id):
+            self.submit(peer, generate, future.result())
 
     def submit(self, peer: str, generate: Generate, ids: list[int]) -> None:
         """Tell the client that it began, and the scheduler to begin."""
         started, submit = self.requests.begin(peer, generate, ids)
         try:
-            self.scheduler.send([submit])
+            self.scheduler.send([*self.unsent, submit])
+            self.unsent = []
         except ChannelFull:
             del self.requests.live[generate.request_id]
             raise QuireError("queue_full", "the scheduler does not take requests now", None, 1.0) from None
@@ -227,15 +264,26 @@ class TokenizerProcess:
 
     def abort(self, request_id: str) -> None:
         """The client went away."""
-        self.encoding.discard(request_id)
+        if (future := self.encoding.pop(request_id, None)) is not None:
+            future.cancel()
         if self.requests.live.pop(request_id, None) is not None:
-            self.scheduler.send([Abort(request_id)])
+            self.tell([Abort(request_id)])
+
+    def tell(self, messages: Sequence[Stop | Abort]) -> None:
+        """Send to the scheduler what may not be lost; while it does not read, it is kept."""
+        self.unsent += messages
+        try:
+            self.scheduler.send(self.unsent)
+        except ChannelFull:
+            return
+        self.unsent = []
 
     # ------------------------------------------------------------------------------------------ up
 
     def hand_up(self) -> None:
         """Take what the scheduler has sent; each api process gets one frame per frame taken."""
-        while (frame := self.scheduler.receive(0)) is not None:
+        end_s = time.monotonic() + TURN_S
+        while time.monotonic() < end_s and (frame := self.scheduler.receive(0)) is not None:
             news: dict[str, list[FromTokenizer]] = {}
             stops: list[Stop] = []
             for message in frame:
@@ -247,7 +295,7 @@ class TokenizerProcess:
                         if live is not None:
                             news.setdefault(live.peer, []).append(message)
             if stops:
-                self.scheduler.send(stops)
+                self.tell(stops)
             for peer, messages in news.items():
                 self.send(peer, messages)
 
@@ -260,7 +308,14 @@ class TokenizerProcess:
             if live is None:
                 continue  # aborted; the scheduler knows by now
             decoded += len(output.token_ids)
-            delta, stopped = live.take(output)
+            try:
+                delta, stopped = live.take(output)
+            except Exception:
+                log.exception("%s could not be decoded", output.request_id)
+                text = "the output of this request could not be decoded"
+                news.setdefault(live.peer, []).append(Failed(output.request_id, "internal_error", text))
+                self.abort(output.request_id)
+                continue
             if delta is None:
                 continue
             if stopped:
@@ -286,6 +341,7 @@ def main() -> None:
     """Entry point of a tokenizer process."""
     began = time.monotonic()
     process = Process.start("tokenizer")
+    logging.basicConfig(level=process.config.log_level.upper())
     folder = Path(process.model.path)
     requests = Requests(process.model, TextCodec(folder), ChatTemplate.load(folder))
     context: zmq.Context[Any] = zmq.Context()

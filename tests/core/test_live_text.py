@@ -86,7 +86,7 @@ def test_logprobs_carry_text_and_bytes(codec: TextCodec) -> None:
     delta, _ = live(codec, SamplingParams(logprobs=2)).take(output(ids, logprobs=marks))
     assert delta is not None
     assert b"".join(token.raw for token in delta.logprobs) == "é".encode()
-    assert delta.logprobs[0].top[1] == (5, codec.token_text(5), codec.token_bytes(5), -2.0)
+    assert delta.logprobs[0].top[1] == (5, *codec.token(5), -2.0)
 
 
 def test_prompt_logprobs_begin_with_none_and_come_in_chunks(codec: TextCodec) -> None:
@@ -115,3 +115,51 @@ def test_resume_goes_on_in_the_middle_of_a_character_and_of_a_stop_string(codec:
         assert before.text + after.text == whole.text == text
         assert after.first == cut
         assert resumed.finished().completion_tokens == len(ids)
+
+
+def test_stop_strings_do_not_count_before_min_tokens(codec: TextCodec) -> None:
+    ids = codec.encode("END one END", False)
+    first = len(codec.encode("END", False))
+    request = live(codec, SamplingParams(stop=("END",), min_tokens=first))
+    texts = [request.take(output([token], first=i))[0] for i, token in enumerate(ids)]
+    assert "".join(delta.text for delta in texts if delta is not None) == "END one "
+    assert request.num_open == 0
+
+
+def test_a_client_that_wants_no_text_gets_none(codec: TextCodec) -> None:
+    generate = Generate("r", "e", TextPrompt("hi"), SamplingParams(), want_text=False)
+    delta, _ = LiveText("api-0", generate, [5], codec).take(output([100, 101], reason="length"))
+    assert delta is not None
+    assert (delta.text, delta.token_ids, delta.finish_reason) == ("", [100, 101], "length")
+    # Its stop strings still need the text.
+    ids = codec.encode("hello world again", False)
+    generate = Generate("r", "e", TextPrompt("hi"), SamplingParams(stop=("world",)), want_text=False)
+    delta, stopped = LiveText("api-0", generate, [5], codec).take(output(ids))
+    assert delta is not None
+    assert (delta.token_ids, delta.finish_reason, stopped) == (codec.encode("hello world", False), "stop", True)
+
+
+def test_news_of_a_former_life_are_dropped(codec: TextCodec) -> None:
+    generate = Generate("r", "e", TextPrompt("hi"), SamplingParams(), epoch=2)
+    request = LiveText("api-0", generate, [5], codec)
+    assert request.take(output([100], epoch=1)) == (None, False)
+    assert request.take(output([100], epoch=2))[0] is not None
+
+
+def test_prompt_logprobs_of_a_single_token_and_of_too_many_entries(codec: TextCodec) -> None:
+    generate = Generate("r", "e", TextPrompt("hi"), SamplingParams(prompt_logprobs=0))
+    first, _ = LiveText("api-0", generate, [5], codec).take(output([100]))
+    assert first is not None
+    assert first.prompt_logprobs == [None]
+    request = LiveText("api-0", generate, [5, 6], codec)
+    for expected in ([None, 6], []):
+        delta, _ = request.take(output([100], prompt_logprobs=[TokenLogprobs(-1.0, 0)] * 2))
+        assert delta is not None
+        assert [token and token.token_id for token in delta.prompt_logprobs] == expected
+
+
+def test_a_resumed_request_does_not_repeat_the_prompt(codec: TextCodec) -> None:
+    resumed = live(codec, SamplingParams(prompt_logprobs=0), [ChoiceProgress(0, [100])])
+    delta, _ = resumed.take(output([101], first=1, prompt_logprobs=[TokenLogprobs(-1.0, 0)]))
+    assert delta is not None
+    assert delta.prompt_logprobs == []
