@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps({**stamped, "settings": settings, "results": results}))
     else:
         print(f"{lines(stamped)}\n\n{table(HEADER, [row(result) for result in results])}")
-        if any(result["cpu_shares"] for result in results):
+        if options.processes and any(result["cpu_shares"] for result in results):
             print("\nCPU share of each process (100 %: one core)\n\n" + shares_table(results))
         for note in notes(results):
             print(f"\nNote: {note}.")
@@ -114,8 +114,8 @@ def _loads(options: argparse.Namespace) -> list[Load]:
 
 
 def _enough(rate: float | None, concurrency: int) -> int:
-    """Requests of a measurement: two waves in the steady state, or half a minute of arrivals."""
-    return max(16, 4 * concurrency) if rate is None else max(64, int(30 * rate))
+    """Requests of a measurement: six full waves, since in fewer their beat shows, or half a minute of arrivals."""
+    return max(16, 8 * concurrency) if rate is None else max(64, int(30 * rate))
 
 
 def _round_up(count: int, multiple: int) -> int:
@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     load = parser.add_argument_group("load")
     load.add_argument("--concurrency", default="1,8,64", help="requests in flight, a list (default: %(default)s)")
     load.add_argument("--rate", help="arrivals per second instead (Poisson), a list")
-    load.add_argument("--requests", type=int, help="of each; default: 4 per concurrency, at least 16; 30 s of a rate")
+    load.add_argument("--requests", type=int, help="of each; default: 8 per concurrency, at least 16; 30 s of a rate")
     load.add_argument("--prompt-tokens", type=int, default=512, help="exact (default: %(default)s)")
     load.add_argument("--output-tokens", type=int, default=256, help="exact (default: %(default)s)")
     load.add_argument("--output-spread", type=float, default=0.0, help="output lengths vary by this share")
@@ -190,6 +190,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--clients", type=int, default=1, help="client processes")
     run.add_argument("--warmup", type=int, default=4, help="requests before the first measurement")
     run.add_argument("--timeout-s", type=float, default=600.0, help="of one request")
+    run.add_argument(
+        "--processes",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also the CPU share of each process of a local server",
+    )
     run.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     run.add_argument("--plot", metavar="FILE", help="throughput against latency as a picture (needs matplotlib)")
     return parser
