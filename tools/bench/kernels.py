@@ -75,8 +75,8 @@ def randn(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.randn(shape, device="cuda").to(dtype)
 
 
-Line = tuple[str, Call, int, float, float]
-"""name, call, number of buffer copies, bytes, seconds of arithmetic"""
+Line = tuple[str, Call, int, float, float, float]
+"""name, call, number of buffer copies, bytes, operations, operations/s of their kind"""
 
 
 def products(pdl: bool) -> Iterator[Line]:
@@ -91,7 +91,7 @@ def products(pdl: bool) -> Iterator[Line]:
             def call(i: int, x: Fp8 = x, weights: list[torch.Tensor] = weights, col: torch.Tensor = col) -> Any:
                 return fp8_linear(x, weights[i % len(weights)], col, None, BF16, unit, pdl=pdl)
 
-            yield f"fp8_linear {name} M={m}", call, copies, n * k + m * (k + 2 * n), 2 * m * n * k / FP8_RATE
+            yield f"fp8_linear {name} M={m}", call, copies, n * k + m * (k + 2 * n), 2 * m * n * k, FP8_RATE
 
 
 def fused(pdl: bool) -> Iterator[Line]:
@@ -121,9 +121,10 @@ def fused(pdl: bool) -> Iterator[Line]:
             )  # fmt: skip
 
         size = parts.values.numel() * parts.values.itemsize + m * HIDDEN * 5
-        yield f"add_rms_norm+fp8 M={m}", norm, 8, size, 0
-        yield f"silu_mul+fp8 M={m}", silu, 8, m * INTER * 5, 0
-        yield f"rope_cache fp8 M={m}", rotate, 8, qkv.values.numel() * qkv.values.itemsize + m * width * 2, 0
+        yield f"add_rms_norm+fp8 M={m}", norm, 8, size, 0, BF16_RATE
+        yield f"silu_mul+fp8 M={m}", silu, 8, m * INTER * 5, 0, BF16_RATE
+        size = qkv.values.numel() * qkv.values.itemsize + m * width * 2
+        yield f"rope_cache fp8 M={m}", rotate, 8, size, 0, BF16_RATE
     for m in (1, 16, 64, 256):
         logits, keys = randn(m, VOCAB, dtype=F32), torch.ones(m, dtype=I32, device="cuda")
 
@@ -138,8 +139,8 @@ def fused(pdl: bool) -> Iterator[Line]:
         ) -> Any:
             return sample(x, heat, k, k)
 
-        yield f"sample greedy M={m}", greedy, 8, 4 * m * VOCAB, 0
-        yield f"sample random M={m}", random, 8, 4 * m * VOCAB, 0
+        yield f"sample greedy M={m}", greedy, 8, 4 * m * VOCAB, 0, BF16_RATE
+        yield f"sample random M={m}", random, 8, 4 * m * VOCAB, 0, BF16_RATE
 
 
 def batch(lens: list[int], counts: list[int], size: int = 16) -> tuple[list[torch.Tensor], int]:
@@ -186,7 +187,7 @@ def attention(pdl: bool) -> Iterator[Line]:
                 return attention_finish(parts, data[2], data[3], q, fp8=True, pdl=pdl)
 
             yield f"attention_decode {name} {seqs}x{length}", decode, copies, (
-                seqs * length * 2 * KV_HEADS * DIM * store.itemsize), 0  # fmt: skip
+                seqs * length * 2 * KV_HEADS * DIM * store.itemsize), 0, BF16_RATE  # fmt: skip
         for what, lens, counts in (
             ("1x512", [512], [512]), ("8x512", [512] * 8, [512] * 8), ("1x8192", [8192], [8192]),
             ("2048 after 6144", [8192], [2048]), ("128 after 384", [512], [128]),
@@ -215,22 +216,23 @@ def attention(pdl: bool) -> Iterator[Line]:
                 )
 
             pairs = sum(c * (n - c) + c * (c + 1) / 2 for n, c in zip(lens, counts, strict=True))
-            yield f"attention_prefill {name} {what}", prefill, 2, 0, 4 * pairs * HEADS * DIM / BF16_RATE
+            yield f"attention_prefill {name} {what}", prefill, 2, 0, 4 * pairs * HEADS * DIM, BF16_RATE
 
 
 def measure(pdl: bool) -> None:
-    print(f"{'kernel':44s} {'us':>9s} {'limit':>9s} {'share':>6s}  TB/s or TFLOP/s")
+    print("| kernel | µs | limit µs | share | rate |\n|---|--:|--:|--:|--:|")
     for group in (products, fused, attention):
-        for name, call, copies, size, arithmetic_s in group(pdl):
-            limit = max(size / BANDWIDTH, arithmetic_s) * 1e6
+        for name, call, copies, size, operations, peak in group(pdl):
+            limit = max(size / BANDWIDTH, operations / peak) * 1e6
             try:
                 repeats = copies * max(1, -(-40 // copies)) if limit < 200 else copies
                 us = graph_time_us(call, repeats)
             except Exception as error:
-                print(f"{name:44s} failed: {type(error).__name__}: {str(error)[:150]}", flush=True)
+                print(f"| {name} | failed: {type(error).__name__}: {str(error)[:150]} |", flush=True)
                 continue
-            rate = size / us / 1e6 if size / BANDWIDTH >= arithmetic_s else arithmetic_s * BF16_RATE / us / 1e6
-            print(f"{name:44s} {us:9.2f} {limit:9.2f} {limit / us:6.0%}  {rate:.2f}", flush=True)
+            streams = size / BANDWIDTH >= operations / peak
+            rate = f"{size / us / 1e6:.2f} TB/s" if streams else f"{operations / us / 1e6:.0f} TFLOP/s"
+            print(f"| {name} | {us:.2f} | {limit:.2f} | {limit / us:.0%} | {rate} |", flush=True)
         torch.cuda.empty_cache()
 
 
