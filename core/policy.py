@@ -2,7 +2,7 @@
 
 Pacing decides throughput and latency more than any kernel does: a step is filled up to the point where its matrix
 products turn from memory-bound to compute-bound, prompts are spread over steps, and the share of prefill grows with
-the queue. `python -m tools.bench.pacing` simulates it.
+the queue.
 """
 
 from __future__ import annotations
