@@ -14,9 +14,20 @@ from quire import SamplingParams
 
 BUILTIN = {"tiny-chat": Path(__file__).resolve().parent.parent / "models" / "builtin" / "tiny-chat"}
 DOWNLOADED = ["*.json", "*.safetensors", "*.jinja"]  # never code, never pickles
+NOT_DOWNLOADED = ["consolidated*", "original/*", "onnx/*"]  # the same weights once more, in forms that are not read
 MAX_JSON_BYTES = 64 * 1024 * 1024
+NUM_PIECES, PIECE_BYTES = 64, 4096  # of each weight file, for the digest: a few milliseconds
 # Kinds of rope scaling whose factor extends max_position_embeddings; for the others that field says it all.
 EXTENDING = ("linear", "dynamic")
+MAX_FACTOR = 1024
+# What generation_config.json may advise, as core/sampling.py allows it.
+ADVICE = {
+    "temperature": (0.0, 100.0),
+    "top_k": (0, 2**31 - 1),
+    "top_p": (1e-6, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+}
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
@@ -62,6 +73,8 @@ def resolve(
         raise _invalid(f"{folder} has no tokenizer.json; convert the tokenizer with transformers' save_pretrained")
     if weights and not any(folder.glob("*.safetensors")):
         raise _invalid(f"{folder} has no *.safetensors; only that format is read (--load-format dummy needs none)")
+    if weights:
+        _check_shards(folder)
     if not isinstance(config.get("model_type"), str):
         raise _invalid(f"{folder}/config.json has no model_type")
     return ModelInfo(
@@ -69,11 +82,11 @@ def resolve(
         name=served_model_name or (model if model in BUILTIN or commit else folder.name),
         revision=(commit or _identity(folder))[:12],
         model_type=config["model_type"],
-        architectures=list(config.get("architectures") or []),
+        architectures=[name for name in config.get("architectures") or [] if isinstance(name, str)],
         vocab_size=_integer(config, "vocab_size", folder),
         max_model_len=_max_model_len(config, max_model_len, folder),
-        eos_ids=_ids(generation.get("eos_token_id", config.get("eos_token_id"))),
-        bos_id=config.get("bos_token_id"),
+        eos_ids=_eos_ids(generation, config, folder),
+        bos_id=next(iter(_ids(config.get("bos_token_id"), "bos_token_id", folder)), None),
         sampling=_default_sampling(generation),
     )
 
@@ -88,7 +101,7 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise _invalid(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _invalid(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise _invalid(f"{path} must hold a JSON object, holds {type(value).__name__}")
@@ -115,7 +128,11 @@ def _locate(model: str, revision: str | None) -> tuple[Path, str | None]:
     from huggingface_hub import errors
 
     try:
-        folder = Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=DOWNLOADED))
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                model, revision=revision, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED
+            )
+        )
     except errors.RepositoryNotFoundError:
         raise _invalid(
             f"the hub has no model {model!r} that you may read (HF_TOKEN gives access to gated ones)"
@@ -129,50 +146,93 @@ def _locate(model: str, revision: str | None) -> tuple[Path, str | None]:
 
 
 def _identity(folder: Path) -> str:
-    """Digest of what tells one set of weights from another: config and tokenizer, weight files' headers and sizes."""
+    """Digest of what tells one checkpoint from another, the same on every machine.
+
+    All of the small files; of a weight file its size, its header and some pieces, as two fine-tunes of one model have
+    equal headers and a hash of all bytes would take minutes.
+    """
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix == ".json":
+        if path.suffix in (".json", ".jinja"):
             digest.update(path.name.encode() + path.read_bytes())
         elif path.suffix == ".safetensors":
-            stat = path.stat()
-            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                header_bytes = int.from_bytes(file.read(8), "little")
+                digest.update(file.read(min(header_bytes, MAX_JSON_BYTES)))
+                for piece in range(NUM_PIECES):
+                    file.seek(size * piece // NUM_PIECES)
+                    digest.update(file.read(PIECE_BYTES))
     return digest.hexdigest()
+
+
+def _check_shards(folder: Path) -> None:
+    """A sharded checkpoint must have all its files. Raises QuireError model_invalid."""
+    shards = read_json(folder / "model.safetensors.index.json", optional=True).get("weight_map") or {}
+    if not isinstance(shards, dict):
+        raise _invalid(f"{folder}/model.safetensors.index.json: weight_map must be an object")
+    missing = [name for name in sorted({str(name) for name in shards.values()}) if not (folder / name).is_file()]
+    if missing:
+        raise _invalid(f"{folder} lacks {len(missing)} of its weight files, the first is {missing[0]}")
 
 
 def _integer(config: dict[str, Any], key: str, folder: Path) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise _invalid(f"{folder}/config.json: {key} must be a positive integer, is {value!r}")
     return value
 
 
 def _max_model_len(config: dict[str, Any], wanted: int | None, folder: Path) -> int:
-    longest = _integer(config, "max_position_embeddings", folder)
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind in EXTENDING:
-        longest = int(longest * float(scaling.get("factor", 1.0)))
-    elif kind == "yarn" and scaling.get("original_max_position_embeddings"):
-        longest = max(longest, int(scaling["original_max_position_embeddings"] * float(scaling.get("factor", 1.0))))
+    longest = _scaled(config, _integer(config, "max_position_embeddings", folder), folder)
     if wanted is not None and wanted > longest:
         text = f"--max-model-len: {wanted} is more than the {longest} positions of {folder.name}; lower it"
         raise QuireError("invalid_config", text, "max_model_len")
     return wanted or longest
 
 
-def _ids(value: Any) -> list[int]:
+def _scaled(config: dict[str, Any], longest: int, folder: Path) -> int:
+    """The positions that a checkpoint means, with its rope scaling."""
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(scaling, dict):
+        raise _invalid(f"{folder}/config.json: rope_scaling must be an object, is {scaling!r}")
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind not in (*EXTENDING, "yarn"):
+        return longest
+    factor = scaling.get("factor", 1.0)
+    if not isinstance(factor, int | float) or not 1 <= factor <= MAX_FACTOR:
+        raise _invalid(f"{folder}/config.json: rope_scaling: factor must be from 1 to {MAX_FACTOR}, is {factor!r}")
+    # YaRN says from which length it extends; where it does not, it is max_position_embeddings.
+    original = scaling.get("original_max_position_embeddings") if kind == "yarn" else None
+    if isinstance(original, int) and not isinstance(original, bool) and original > 0:
+        return max(longest, int(original * factor))
+    return int(longest * factor)
+
+
+def _ids(value: Any, key: str, folder: Path) -> list[int]:
+    """One id or a list of them."""
     if value is None:
         return []
-    return [value] if isinstance(value, int) else [int(item) for item in value]
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
+        raise _invalid(f"{folder}: {key} must be a token id or a list of them, is {value!r}")
+    return ids
+
+
+def _eos_ids(generation: dict[str, Any], config: dict[str, Any], folder: Path) -> list[int]:
+    """generation_config.json knows better than config.json where a turn ends."""
+    value = generation.get("eos_token_id")
+    return _ids(config.get("eos_token_id") if value is None else value, "eos_token_id", folder)
 
 
 def _default_sampling(generation: dict[str, Any]) -> SamplingParams:
-    """The checkpoint's own advice for requests that leave a parameter out."""
+    """The checkpoint's own advice for requests that leave a parameter out; values out of range are no advice."""
     given: dict[str, Any] = {}
-    for key in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
-        if isinstance(generation.get(key), int | float) and not isinstance(generation[key], bool):
-            given[key] = int(generation[key]) if key == "top_k" else float(generation[key])
+    for key, (low, high) in ADVICE.items():
+        value = generation.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
+            given[key] = int(value) if key == "top_k" else float(value)
     if generation.get("do_sample") is False:
         given["temperature"] = 0.0
     return SamplingParams(**given)

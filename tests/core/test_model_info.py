@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from core.errors import QuireError
-from core.model_info import BUILTIN, resolve
+from core.model_info import BUILTIN, ModelInfo, resolve
+from core.sampling import SamplingLimits, validate
+from quire import SamplingParams
 
 
 @pytest.fixture
@@ -57,6 +61,72 @@ def test_length_follows_rope_scaling(folder: Path) -> None:
     with pytest.raises(QuireError, match="3000 is more than the 2048") as caught:
         resolve(str(folder), max_model_len=3000)
     assert caught.value.param == "max_model_len"
+
+
+@pytest.mark.parametrize(
+    ("scaling", "length"),
+    [
+        ({"type": "dynamic", "factor": 2}, 4096),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}, 4096),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}, 2048),
+        ({"rope_type": "yarn", "factor": 4.0}, 8192),
+        ({"rope_type": "default"}, 2048),
+        ({"full_attention": {"rope_type": "default"}}, 2048),
+        (None, 2048),
+    ],
+)
+def test_every_kind_of_scaling(folder: Path, scaling: Any, length: int) -> None:
+    change(folder, rope_scaling=scaling)
+    assert resolve(str(folder)).max_model_len == length
+
+
+@pytest.mark.parametrize("scaling", ["yes", {"rope_type": "linear", "factor": "two"}, {"type": "yarn", "factor": 1e30}])
+def test_nonsense_of_scaling(folder: Path, scaling: Any) -> None:
+    change(folder, rope_scaling=scaling)
+    with pytest.raises(QuireError, match="rope_scaling"):
+        resolve(str(folder))
+
+
+def test_the_revision_is_of_the_content(folder: Path) -> None:
+    revision = resolve(str(folder)).revision
+    weights = folder / "model.safetensors"
+    os.utime(weights, (1, 1))
+    assert resolve(str(folder)).revision == revision == resolve("tiny-chat").revision
+    data = bytearray(weights.read_bytes())
+    data[-len(data) // 2 :] = bytes(len(data) // 2 + len(data) % 2)  # other weights, same size and header
+    weights.write_bytes(data)
+    assert resolve(str(folder)).revision != revision
+
+
+def test_missing_shards(folder: Path) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00003.safetensors", "c": "x.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(QuireError, match="lacks 2 of its weight files, the first is model-00002"):
+        resolve(str(folder))
+    assert resolve(str(folder), weights=False).vocab_size == 4096
+
+
+@pytest.mark.parametrize("eos", ["</s>", [1, None], -1, True])
+def test_ids_that_are_none(folder: Path, eos: Any) -> None:
+    (folder / "generation_config.json").write_text("{}")
+    change(folder, eos_token_id=eos)
+    with pytest.raises(QuireError, match="eos_token_id must be a token id"):
+        resolve(str(folder))
+
+
+def test_it_travels_as_json(folder: Path) -> None:
+    change(folder, bos_token_id=[5, 6], architectures=["A", None])
+    info = resolve(str(folder))
+    assert info.bos_id == 5
+    assert msgspec.json.decode(msgspec.json.encode(info), type=ModelInfo) == info
+
+
+def test_advice_out_of_range_is_no_advice(folder: Path) -> None:
+    advice = {"temperature": -1, "top_k": -1, "top_p": 0.0, "repetition_penalty": float("nan"), "min_p": True}
+    (folder / "generation_config.json").write_text(json.dumps(advice))
+    info = resolve(str(folder))
+    assert info.sampling == SamplingParams()
+    validate(info.sampling, SamplingLimits(info.vocab_size, info.max_model_len))
 
 
 def test_advice_of_the_checkpoint(folder: Path) -> None:
