@@ -204,7 +204,7 @@ class TokenizerProcess:
 
     def generate(self, peer: str, generate: Generate) -> None:
         """Encode a request's prompt here, or in a thread when it is long."""
-        with self.alone(peer, generate.request_id):
+        with self.alone(peer, generate):
             asked = self.requests.text_of(generate)
             if asked is None:
                 assert isinstance(generate.prompt, TokensPrompt)
@@ -217,15 +217,16 @@ class TokenizerProcess:
                 self.encode_aside(peer, generate, *asked)
 
     @contextlib.contextmanager
-    def alone(self, peer: str, request_id: str) -> Iterator[None]:
+    def alone(self, peer: str, generate: Generate) -> Iterator[None]:
         """Whatever goes wrong inside is the end of this one request, and of nothing else."""
         try:
             yield
         except QuireError as error:
-            self.reject(peer, request_id, error)
+            param = _field(generate) if error.param == "prompt" else error.param
+            self.reject(peer, generate.request_id, QuireError(error.code, error.message, param, error.retry_after_s))
         except Exception:
-            log.exception("%s could not be tokenized", request_id)
-            self.reject(peer, request_id, QuireError("internal_error", "the prompt could not be tokenized"))
+            log.exception("%s could not be tokenized", generate.request_id)
+            self.reject(peer, generate.request_id, QuireError("internal_error", "the prompt could not be tokenized"))
 
     def encode_aside(self, peer: str, generate: Generate, text: str, special_tokens: bool) -> None:
         """Encode in a thread; the loop goes on and submits when it is done."""
@@ -244,7 +245,7 @@ class TokenizerProcess:
         if self.encoding.get(generate.request_id) is not future:
             return  # aborted meanwhile
         del self.encoding[generate.request_id]
-        with self.alone(peer, generate.request_id):
+        with self.alone(peer, generate):
             self.submit(peer, generate, future.result())
 
     def submit(self, peer: str, generate: Generate, ids: list[int]) -> None:
