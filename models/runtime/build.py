@@ -84,7 +84,7 @@ def join(process: Process) -> Comm:
     """The group of ranks of this start."""
     rank, size = process.index, process.config.tensor_parallel_size
     epoch = meet(process.run_dir, rank, keep_waiting=lambda: not process.stopping)
-    collectives = "nccl" if torch.cuda.is_available() and process.config.device in ("auto", "cuda", "rocm") else "gloo"
+    collectives = "nccl" if torch.cuda.is_available() and process.config.device in ("auto", "cuda") else "gloo"
     return TorchComm(collectives, rank, size, process.run_dir, epoch=epoch)
 
 
