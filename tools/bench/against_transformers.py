@@ -20,6 +20,7 @@ import transformers
 
 from core.errors import QuireError
 from core.model_info import resolve
+from tools.bench.elsewhere import Elsewhere
 from tools.bench.load import Load
 from tools.bench.report import table
 from tools.bench.sender import send
@@ -56,18 +57,20 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for name, load in (("one at a time", alone), ("16 at a time, mixed lengths", many)):
         rounds = []
+        elsewhere = Elsewhere()
         for number in range(options.rounds):
             load = dataclasses.replace(load, seed=number)
             rounds.append((generate_all(model, load), serve_all(options.model, load)))
         theirs, ours = (statistics.median(column) for column in zip(*rounds, strict=True))
         apart = " ".join(f"{b / a:.1f}x" for a, b in rounds)
-        rows.append([name, f"{theirs:,.0f}", f"{ours:,.0f}", f"{ours / theirs:.1f}x", apart])
+        cells = [f"{theirs:,.0f}", f"{ours:,.0f}", f"{ours / theirs:.1f}x", apart, f"{elsewhere.share():.0%}"]
+        rows.append([name, *cells])
     print(
         f"{lines(stamped)}\n\n{info.name}, float32, {options.prompt_tokens} in, {options.output_tokens} out "
         f"(mixed: 10 % to 190 % of it), greedy; {torch.get_num_threads()} threads for transformers; "
         "medians of the rounds\n"
     )
-    print(table(["load", "transformers tokens/s", "Quire tokens/s", "ratio", "of each round"], rows))
+    print(table(["load", "transformers tokens/s", "Quire tokens/s", "ratio", "of each round", "used by others"], rows))
     return 0
 
 

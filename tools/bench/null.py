@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import sys
 
+from tools.bench.elsewhere import Elsewhere
 from tools.bench.load import Load
 from tools.bench.report import HEADER, notes, row, table
 from tools.bench.sender import send
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     stamped = stamp("null", argv)
     seats = () if "--max-num-seqs" in server_options else ("--max-num-seqs", str(max(streams)))
     failed = False
+    elsewhere = Elsewhere()
     with running("--device", "null", *seats, *server_options) as server:
         print(lines(stamped))
         for output_tokens, name in _ANSWERS:
@@ -62,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             print("\nCPU share of each process (100 %: one core)\n\n" + shares_table(results))
             for note in notes(results):
                 print(f"\nNote: {note}.")
+    print(f"\nOther processes used {elsewhere.share():.0%} of the machine meanwhile.")
     return int(failed)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from tests.tools.bench.fake_server import refusal, serving
 from tools.bench import __main__ as bench
 from tools.bench.cpu_shares import CpuShares
+from tools.bench.elsewhere import Elsewhere
 from tools.bench.engine_options import engine_options
 from tools.bench.serve import main, shares_table
 
@@ -108,3 +111,12 @@ def test_every_bench_has_a_main(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"  {name} " in said
         assert "def main(" in (folder / f"{'against_transformers' if name == 'transformers' else name}.py").read_text()
     assert bench.main(["nonsense"]) == 2
+
+
+def test_own_work_and_that_of_ended_children_is_not_elsewhere() -> None:
+    elsewhere = Elsewhere()
+    began = sum(os.times()[:4])
+    subprocess.run([sys.executable, "-c", "sum(n * n for n in range(3_000_000))"], check=True)
+    sum(number * number for number in range(1_000_000))
+    assert elsewhere._ours() - began > 0.1  # seconds of CPU, the child's among them
+    assert 0.0 <= elsewhere.share() <= 1.0
