@@ -14,11 +14,11 @@ WEIGHTS = decoder.WEIGHTS
 
 
 def config(values: dict[str, Any]) -> DecoderConfig:
-    """config.json -> what the decoder needs. sliding_window null (from v0.2 on): full attention."""
+    """config.json -> what the decoder needs. sliding_window null (from v0.2 on): full attention; no such key: 4096."""
     read = ModelConfig(values)
     read.require("hidden_act", "silu")
     heads, layers = read.integer("num_attention_heads"), read.integer("num_hidden_layers")
-    window = read.integer("sliding_window") if values.get("sliding_window") is not None else None
+    window = read.integer("sliding_window", 4096) if values.get("sliding_window", 4096) is not None else None
     return DecoderConfig(
         vocab_size=read.integer("vocab_size"),
         hidden_size=read.integer("hidden_size"),

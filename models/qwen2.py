@@ -41,7 +41,10 @@ def windows(values: dict[str, Any], num_layers: int) -> tuple[int | None, ...]:
         return (None,) * num_layers
     window = read.integer("sliding_window")
     kinds = values.get("layer_types")
-    if isinstance(kinds, list) and len(kinds) == num_layers:
+    if kinds is not None:
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in known for kind in kinds):
+            raise ValueError(f"config.json: layer_types must name one of {', '.join(known)} per layer, is {kinds!r}")
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
     first = int(read.number("max_window_layers", 28))
     return tuple(window if index >= first else None for index in range(num_layers))

@@ -35,6 +35,8 @@ class Attention:
         qk_norm: float | None = None,
     ) -> None:
         self._parts = parts
+        if num_heads % num_kv_heads:
+            raise ValueError(f"{name}: {num_heads} heads cannot share {num_kv_heads} K/V heads equally")
         _, self._num_heads = parts.share(num_heads, f"{name} heads")
         size, rank = parts.comm.size, parts.comm.rank
         if num_kv_heads >= size:

@@ -1,7 +1,8 @@
 """Rope: tables of rotary position embeddings (Su et al. 2021) with the context extensions of the checkpoints.
 
 Frequencies depend on the configuration alone, never on the length of a request: cached keys are rotated once. "dynamic"
-(NTK-aware) scaling, which elsewhere changes with the length, is therefore taken at the longest length served.
+(NTK-aware) scaling and "longrope", which elsewhere change with the length, are therefore taken at the longest length
+served.
 """
 
 from __future__ import annotations
@@ -11,26 +12,60 @@ from typing import Any
 
 import torch
 
-KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+# Kind -> the numbers that it cannot do without, and those that have a default.
+KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "yarn": (("factor",), ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ()),
+    "longrope": ((), ("factor", "attention_factor")),
+}
+POSITIVE = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor", "max_position_embeddings")
 
 
 def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """One form for both spellings of config.json: rope_parameters, or rope_theta with rope_scaling."""
-    settings = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    settings.setdefault("rope_type", settings.get("type", "default"))
-    settings.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    if settings["rope_type"] not in KINDS:
-        raise ValueError(f"rope_scaling: {settings['rope_type']!r} is not supported; supported are {', '.join(KINDS)}")
-    if settings["rope_type"] != "default" and "factor" not in settings:
-        raise ValueError(f"rope_scaling: {settings['rope_type']!r} needs a factor")
-    settings.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
-    settings["max_position_embeddings"] = config["max_position_embeddings"]
+    """One checked form for both spellings of config.json: rope_parameters, or rope_theta with rope_scaling.
+
+    Raises ValueError naming the key.
+    """
+    settings: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        given = config.get(key) or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"config.json: {key} must be an object, is {given!r}")
+        if any(isinstance(value, dict) for value in given.values()):
+            raise ValueError(f"config.json: {key} differs between layers, which no supported architecture does")
+        settings |= given
+    kind = settings.setdefault("rope_type", settings.get("type", "default"))
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"rope_scaling: {kind!r} is not supported; supported are {', '.join(KINDS)}")
+    longest = config.get("max_position_embeddings")
+    # A few checkpoints keep the original length beside the scaling, not in it; there it has precedence.
+    original = config.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings")
+    settings |= {"max_position_embeddings": longest, "original_max_position_embeddings": original or longest}
+    for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 1.0)):
+        if settings.get(key) is None:
+            settings[key] = default if config.get(key) is None else config[key]
+    needed, optional = KINDS[kind]
+    for key in (*needed, *(("max_position_embeddings",) if kind != "default" else ())):
+        if settings.get(key) is None:
+            raise ValueError(f"rope_scaling: {kind!r} needs a {key}")
+    for key in (*needed, *optional, *POSITIVE):
+        value = settings.get(key)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < math.inf):
+            raise ValueError(f"config.json: {key} of the rotation must be a number above 0, is {value!r}")
+    if kind == "llama3" and settings["high_freq_factor"] <= settings["low_freq_factor"]:
+        raise ValueError("rope_scaling: high_freq_factor must be above low_freq_factor")
     return settings
 
 
 def rope_table(settings: dict[str, Any], head_dim: int, num_positions: int) -> torch.Tensor:
     """[num_positions, 2, rotary_dim // 2] float32: cos and sin, times the attention factor of the scaling."""
-    dim = int(head_dim * settings.get("partial_rotary_factor", 1.0))
+    dim = int(head_dim * settings["partial_rotary_factor"])
+    if dim % 2 or not 0 < dim <= head_dim:
+        raise ValueError(f"config.json: {dim} of {head_dim} dimensions of a head cannot be rotated in pairs")
     inverse, factor = _frequencies(settings, dim, num_positions)
     angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * inverse
     return torch.stack((angles.cos(), angles.sin()), dim=1) * factor
@@ -55,6 +90,9 @@ def _frequencies(settings: dict[str, Any], dim: int, num_positions: int) -> tupl
             return _llama3(inverse, settings, factor, original), 1.0
         case "yarn":
             return _yarn(inverse, settings, factor, original, dim, theta), _yarn_attention_factor(settings, factor)
+        case "longrope":
+            name = "long_factor" if num_positions > original else "short_factor"
+            return inverse / _factors(settings, name, dim // 2), _longrope_attention_factor(settings, original)
         case _:
             return inverse, 1.0
 
@@ -95,3 +133,19 @@ def _yarn_attention_factor(settings: dict[str, Any], factor: float) -> float:
     if settings.get("mscale") and settings.get("mscale_all_dim"):
         return scale(settings["mscale"]) / scale(settings["mscale_all_dim"])
     return scale(1.0)
+
+
+def _factors(settings: dict[str, Any], name: str, count: int) -> torch.Tensor:
+    """LongRoPE's own factor of each frequency."""
+    values = settings.get(name)
+    if not (isinstance(values, list) and len(values) == count and all(isinstance(v, int | float) for v in values)):
+        raise ValueError(f"rope_scaling: 'longrope' needs a {name} of {count} numbers")
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def _longrope_attention_factor(settings: dict[str, Any], original: int) -> float:
+    """LongRoPE (Ding et al. 2024): grows with the root of the log of the extension."""
+    if settings.get("attention_factor") is not None:
+        return float(settings["attention_factor"])
+    factor = float(settings.get("factor") or settings["max_position_embeddings"] / original)
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))

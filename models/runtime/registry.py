@@ -22,13 +22,14 @@ def find(config: dict[str, Any]) -> Any:
     """
     model_type = config.get("model_type")
     supported = ", ".join(MODELS)
-    if model_type not in MODELS:
+    if not isinstance(model_type, str) or model_type not in MODELS:
         text = f"the architecture {model_type!r} is not supported; supported are {supported}"
         raise QuireError("model_invalid", text, "model")
     module = importlib.import_module(MODELS[model_type])
     architectures = config.get("architectures") or list(module.ARCHITECTURES)
-    if not set(architectures) & set(module.ARCHITECTURES):
-        text = f"{', '.join(architectures)} is not supported; of {model_type}, {', '.join(module.ARCHITECTURES)} is"
+    if not isinstance(architectures, list) or not any(name in module.ARCHITECTURES for name in architectures):
+        named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else repr(architectures)
+        text = f"{named} is not supported; of {model_type}, {', '.join(module.ARCHITECTURES)} is"
         raise QuireError("model_invalid", text, "model")
     quantization = config.get("quantization_config")
     if quantization:

@@ -76,6 +76,36 @@ def test_dynamic_scaling_is_taken_at_the_longest_length(checkpoint: Callable[...
     torch.testing.assert_close(got, reference(model, ids), atol=2e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("served", [32, 100])
+def test_longrope_takes_the_factors_of_the_longest_length(
+    checkpoint: Callable[..., tuple[Any, Any]], served: int
+) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 500.0,
+        "original_max_position_embeddings": 32,
+        "factor": 4.0,
+        "short_factor": [1.0 + i / 20 for i in range(8)],
+        "long_factor": [1.0 + i for i in range(8)],
+    }
+    folder, model = checkpoint("llama", 4, rope_parameters=rope)
+    ids = [random.randrange(131) for _ in range(served)]
+    want = reference(model, ids)
+    (got,) = logits_of(load(folder, num_positions=served), [ids], [13])
+    torch.testing.assert_close(got, want, atol=1e-4 * max(1.0, float(want.abs().max())), rtol=0)
+
+
+def test_both_spellings_of_rope(checkpoint: Callable[..., tuple[Any, Any]]) -> None:
+    rope = {"rope_theta": 700.0, **LLAMA3, "original_max_position_embeddings": 32}
+    folder, model = checkpoint("llama", 6, rope_parameters=rope)
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    change(folder, rope_parameters=None, rope_theta=700.0, rope_scaling=scaling)
+    ids = [random.randrange(131) for _ in range(90)]
+    want = reference(model, ids)
+    (got,) = logits_of(load(folder), [ids], [90])
+    torch.testing.assert_close(got, want, atol=1e-4 * max(1.0, float(want.abs().max())), rtol=0)
+
+
 def test_sharded_files(checkpoint: Callable[..., tuple[Any, Any]]) -> None:
     folder, model = checkpoint("llama", 1, max_shard_size="60KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
@@ -116,6 +146,28 @@ def change(folder: Any, **changes: Any) -> None:
         ({"intermediate_size": 97}, ["mlp.", "96", "97"]),
         ({"num_attention_heads": 0}, ["num_attention_heads", "positive integer"]),
         ({"rope_parameters": None, "rope_scaling": {"type": "su"}}, ["'su'", "llama3"]),
+        ({"rope_parameters": None, "rope_scaling": "yarn"}, ["rope_scaling", "'yarn'", "object"]),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, ["'llama3'", "low_freq_factor"]),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": None}}, ["'yarn'", "factor"]),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, ["factor", "above 0", "0"]),
+        ({"rope_parameters": {"rope_theta": "x"}}, ["rope_theta", "'x'"]),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, ["rope_parameters", "layers"]),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, ["'longrope'", "short_factor", "8 numbers"]),
+        ({"num_key_value_heads": 3}, ["4 heads", "3 K/V heads"]),
+        ({"head_dim": 7}, ["7 of 7 dimensions"]),
+        ({"architectures": "LlamaForCausalLM"}, ["'LlamaForCausalLM'", "LlamaForCausalLM is"]),
+        ({"architectures": [["x"]]}, ["LlamaForCausalLM"]),
+        ({"model_type": ["llama"]}, ["['llama']", "llama, mistral"]),
+        (
+            {
+                "model_type": "qwen2",
+                "architectures": ["Qwen2ForCausalLM"],
+                "use_sliding_window": True,
+                "sliding_window": 4,
+                "layer_types": ["chunked_attention"] * 3,
+            },
+            ["layer_types", "sliding_attention", "chunked_attention"],
+        ),
     ],
 )
 def test_wrong_checkpoints_in_one_sentence(
