@@ -117,10 +117,11 @@ class Stream:
 class Live:
     """A request under way: its journal, the tokenizer that has it, and the stream that reads it."""
 
-    __slots__ = ("index", "journal", "last_s", "link", "stream")
+    __slots__ = ("first_s", "index", "journal", "last_s", "link", "stream")
 
     def __init__(self, journal: Journal, link: int, stream: Stream, index: int) -> None:
         self.last_s: list[float | None] = [None] * len(journal.choices)  # when each choice last had tokens
+        self.first_s = 0.0  # when the first token of any choice came
         self.journal = journal
         self.link = link
         self.stream = stream
@@ -233,6 +234,9 @@ class EngineClient:
             request = live.journal.request
             if self._end(request.request_id) is not None:
                 self.counts.aborted += 1
+                for choice in live.journal.choices:
+                    if not choice.finished:
+                        self._count_reason("abort")
                 self._send_abort(live.link, request.request_id)
 
     def _begin(self, live: Live) -> None:
@@ -293,12 +297,14 @@ class EngineClient:
                 case Delta():
                     self._deliver(live, message, now)
                 case Started():
+                    self.counts.tokenize.observe(now - live.journal.request.arrival_s)
                     live.stream.push(live.index, message)
                 case Finished(request_id):
                     self._end(request_id)
                     self.counts.finished += 1
-                    self.counts.end_to_end.observe(now - live.journal.request.arrival_s)
-                    live.stream.push(live.index, live.journal.complete(message))
+                    ending = live.journal.complete(message)
+                    self._count(live, ending, now)
+                    live.stream.push(live.index, ending)
                 case Rejected(request_id, code, text, param, retry_after_s):
                     self._end(request_id)
                     self.counts.rejected += 1
@@ -309,6 +315,24 @@ class EngineClient:
                     self._end(request_id)
                     self.counts.failed += 1
                     live.stream.fail(QuireError(code, text))
+
+    def _count(self, live: Live, ending: Finished, now: float) -> None:
+        """What is measured per request, at its ending."""
+        request, counts = live.journal.request, self.counts
+        counts.end_to_end.observe(now - request.arrival_s)
+        counts.request_prompt_tokens.observe(ending.prompt_tokens)
+        counts.request_output_tokens.observe(ending.completion_tokens)
+        counts.request_choices.observe(request.sampling.n)
+        if request.sampling.max_tokens is not None:
+            counts.request_max_tokens.observe(request.sampling.max_tokens)
+        # Choices run side by side: one of them has its share of the tokens.
+        later = ending.completion_tokens / request.sampling.n - 1
+        if live.first_s and later > 0:
+            counts.time_per_token.observe((now - live.first_s) / later)
+
+    def _count_reason(self, reason: str) -> None:
+        reasons = self.counts.finish_reasons
+        reasons[reason] = reasons.get(reason, 0) + 1
 
     def _deliver(self, live: Live, delta: Delta, now: float) -> None:
         try:
@@ -326,4 +350,7 @@ class EngineClient:
             else:
                 self.counts.inter_token.observe((now - last_s) / count, count)
             live.last_s[fresh.choice] = now
+            live.first_s = live.first_s or now
+        if fresh.finish_reason is not None:
+            self._count_reason(fresh.finish_reason)
         live.stream.push(live.index, fresh)

@@ -42,16 +42,12 @@ class BlockPool:
         self.keys: list[bytes | None] = [None] * num_blocks
         self.index: dict[bytes, int] = {}
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self.num_cached = 0  # free blocks whose content can still be reused
 
     @property
     def num_free(self) -> int:
         """Blocks that can be allocated, cached ones included."""
         return len(self.free)
-
-    @property
-    def num_cached(self) -> int:
-        """Free blocks whose content can still be reused."""
-        return len(self.index) - sum(1 for block in self.index.values() if self.refs[block])
 
     def allocate(self) -> int:
         """Take the free block that was used least recently, with one reference; its old content is forgotten.
@@ -63,6 +59,7 @@ class BlockPool:
         if key is not None:
             del self.index[key]
             self.keys[block] = None
+            self.num_cached -= 1
         self.refs[block] = 1
         return block
 
@@ -70,6 +67,7 @@ class BlockPool:
         """One more owner; a free, cached block leaves the free list."""
         if self.refs[block] == 0:
             del self.free[block]
+            self.num_cached -= self.keys[block] is not None
         self.refs[block] += 1
 
     def release(self, block: int) -> None:
@@ -82,6 +80,8 @@ class BlockPool:
             self.free[block] = None
             if self.keys[block] is None:
                 self.free.move_to_end(block, last=False)
+            else:
+                self.num_cached += 1
 
     def lookup(self, key: bytes) -> int | None:
         """The block with this content, free or not."""
@@ -92,11 +92,13 @@ class BlockPool:
         if self.caching and self.keys[block] is None and key not in self.index:
             self.keys[block] = key
             self.index[key] = block
+            self.num_cached += self.refs[block] == 0
 
     def forget(self) -> None:
         """All content is lost (the workers came back empty). Owners must have released their blocks."""
         self.index.clear()
         self.keys = [None] * self.num_blocks
+        self.num_cached = 0
 
 
 @dataclass(slots=True)

@@ -36,6 +36,9 @@ from core.scheduler import Limits, Scheduler
 
 MAX_STEPS_IN_FLIGHT = 2  # one running, one waiting in the worker's socket
 
+# A step, its news, and the seconds in the queue of each request whose first token is among them.
+StepNews = tuple[int, list[SequenceOutput], dict[str, float]]
+
 
 class Workers:
     """The ranks of this engine as the scheduler sees them: who is ready, and the one frame that reaches all."""
@@ -77,16 +80,17 @@ class Tokenizers:
         self.engine = engine
         self.owner: dict[str, str] = {}
 
-    def publish(self, step: int, outputs: list[SequenceOutput]) -> list[str]:
+    def publish(self, news: StepNews) -> list[str]:
         """Send a step's news; returns the ids of requests whose tokenizer is gone."""
+        step, outputs, queued_s = news
         by_peer: dict[str, list[SequenceOutput]] = {}
         for output in outputs:
             peer = self.owner.get(output.request_id)
             if peer is not None:
                 by_peer.setdefault(peer, []).append(output)
         orphans: list[str] = []
-        for peer, news in by_peer.items():
-            if not self._send(peer, StepOutput(self.engine, step, news)):
+        for peer, mine in by_peer.items():
+            if not self._send(peer, StepOutput(self.engine, step, mine, queued_s)):
                 orphans += [request_id for request_id, owner in self.owner.items() if owner == peer]
         return orphans
 
@@ -112,7 +116,7 @@ class Engine:
         self.tokenizers = tokenizers
         self.workers = workers
         self.scheduler: Scheduler | None = None
-        self.in_flight: dict[int, float] = {}  # step -> when it was sent
+        self.in_flight: set[int] = set()  # steps
         self.backlog: deque[tuple[str, Submit]] = deque()  # arrived before the workers were ready
         self.deadlines: list[tuple[float, str]] = []
         self.meter = StepMeter()
@@ -147,6 +151,7 @@ class Engine:
                     case Stop(request_id, choice):
                         if self.scheduler is not None and self.scheduler.stop(request_id, choice):
                             self.tokenizers.owner.pop(request_id, None)
+                            self.meter.ended(request_id)
                     case Abort(request_id):
                         self.abort(request_id)
 
@@ -164,6 +169,7 @@ class Engine:
             text = f"{limit} requests are waiting already (--max-queued-requests); try again later"
             self.tokenizers.end(Rejected(submit.request_id, "queue_full", text, None, self.meter.drain_s(limit)))
             return
+        self.meter.admitted(submit.request_id, submit.arrival_s, not self.scheduler.requests)
         self.scheduler.add(submit)
         if submit.deadline_s is not None:
             heapq.heappush(self.deadlines, (submit.deadline_s, submit.request_id))
@@ -171,22 +177,23 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Free everything of a request at once; its tokenizer knows."""
         self.tokenizers.owner.pop(request_id, None)
+        self.meter.dropped(request_id)
         if self.scheduler is not None:
             self.scheduler.abort(request_id)
         else:
             self.backlog = deque(item for item in self.backlog if item[1].request_id != request_id)
 
-    def receive_results(self) -> list[tuple[int, list[SequenceOutput]]]:
+    def receive_results(self) -> list[StepNews]:
         """Take everything that the workers have sent; returns the steps' news, not yet published."""
-        news: list[tuple[int, list[SequenceOutput]]] = []
+        news: list[StepNews] = []
         while (frame := _receive(self.workers.server)) is not None:
             for message in frame[1]:
                 match message:
                     case BatchResult() if self.scheduler is not None and message.step in self.in_flight:
-                        sent_s = self.in_flight.pop(message.step)
+                        self.in_flight.discard(message.step)
                         outputs = self.scheduler.update(message)
-                        self.meter.observe(message, sent_s, outputs)
-                        news.append((message.step, outputs))
+                        queued_s = self.meter.observe(message, outputs, self.scheduler)
+                        news.append((message.step, outputs, queued_s))
                     case WorkerReady():
                         self.register(message)
                     case WorkerFailed() if self.scheduler is not None and message.step in self.in_flight:
@@ -207,6 +214,7 @@ class Engine:
             freeze_heap()
         else:
             self.scheduler.reset_workers()
+            self.meter.restarted(bool(self.scheduler.requests))
             self.meter.worker_restarts += 1
 
     def fail_step(self, failure: WorkerFailed) -> None:
@@ -216,10 +224,12 @@ class Engine:
             return
         for request_id in self.scheduler.requests_of(failure.step, failure.rows):
             self.scheduler.abort(request_id)
+            self.meter.dropped(request_id)
             text = f"step {failure.step} failed on rank {failure.rank}: {failure.message}"
             self.tokenizers.end(Failed(request_id, "worker_failed", text))
         self.in_flight.clear()
         self.scheduler.reset_workers()
+        self.meter.restarted(bool(self.scheduler.requests))
         self.needs_reset = True
 
     # ------------------------------------------------------------------------------------------ schedule and send
@@ -236,19 +246,23 @@ class Engine:
                 batch, engine=self.process.model.engine, sent_s=time.monotonic(), reset=self.needs_reset
             )
             self.needs_reset = False
-            self.in_flight[batch.step] = batch.sent_s
-            if not self.workers.broadcast(batch):
+            self.in_flight.add(batch.step)
+            alive = self.workers.broadcast(batch)
+            # After sending: the device's work goes first.
+            new_ids = self.scheduler.requests_of(batch.step, [new.row for new in batch.new]) if batch.new else ()
+            self.meter.sent(batch, self.scheduler.counters.step_tokens, new_ids)
+            if not alive:
                 return
 
     # ------------------------------------------------------------------------------------------ publish
 
-    def publish(self, news: list[tuple[int, list[SequenceOutput]]]) -> None:
+    def publish(self, news: list[StepNews]) -> None:
         """One frame per step and tokenizer. Comes after sending: the device's work goes first."""
         scheduler = self.scheduler
-        for step, outputs in news:
-            for request_id in self.tokenizers.publish(step, outputs):
+        for step_news in news:
+            for request_id in self.tokenizers.publish(step_news):
                 self.abort(request_id)
-            for output in outputs:
+            for output in step_news[1]:
                 if output.finish_reason is not None and scheduler is not None and not scheduler.has(output.request_id):
                     self.tokenizers.owner.pop(output.request_id, None)
 

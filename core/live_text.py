@@ -51,8 +51,8 @@ class LiveText:
     """A request under way. `take` turns the scheduler's news of a choice into the client's."""
 
     __slots__ = (
-        "cached_tokens", "choices", "codec", "epoch", "num_open", "peer", "prompt_ids", "prompt_seen", "request_id",
-        "sampling", "stop_hits", "want_text",
+        "cached_tokens", "choices", "codec", "epoch", "num_open", "peer", "prompt_ids", "prompt_seen", "queued_s",
+        "request_id", "sampling", "stop_hits", "want_text",
     )  # fmt: skip
 
     def __init__(self, peer: str, generate: Generate, prompt_ids: list[int], codec: TextCodec) -> None:
@@ -65,6 +65,7 @@ class LiveText:
         self.prompt_seen = 0
         self.codec = codec
         self.cached_tokens = 0
+        self.queued_s = 0.0
         self.stop_hits = 0
         self.choices = [self._new_choice() for _ in range(generate.sampling.n)]
         self.num_open = generate.sampling.n
@@ -147,7 +148,7 @@ class LiveText:
     def finished(self) -> Finished:
         """The ending, once num_open is 0."""
         total = sum(choice.num_tokens for choice in self.choices)
-        return Finished(self.request_id, len(self.prompt_ids), total, self.cached_tokens)
+        return Finished(self.request_id, len(self.prompt_ids), total, self.cached_tokens, self.queued_s)
 
     def _logprobs(self, token_ids: list[int], logprobs: list[TokenLogprobs]) -> list[TokenText]:
         if not logprobs:

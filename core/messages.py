@@ -312,11 +312,15 @@ class SequenceOutput(Message, frozen=True):
 
 
 class StepOutput(Message, frozen=True):
-    """All of one step's news for one tokenizer process."""
+    """All of one step's news for one tokenizer process.
+
+    `queued_s`: seconds in the queue of requests whose first token is among the step's news.
+    """
 
     engine: str
     step: int
     outputs: list[SequenceOutput]
+    queued_s: dict[str, float] = {}
 
 
 class Rejected(Message, frozen=True):
@@ -384,6 +388,7 @@ class Finished(Message, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    queued_s: float = 0.0  # between the request's arrival and its first step
 
 
 FromTokenizer = Started | Delta | Finished | Rejected | Failed

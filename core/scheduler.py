@@ -87,6 +87,21 @@ class Scheduler:
         """Sequences that wait for a row or for blocks."""
         return self._num_waiting + len(self._forks)
 
+    def waiting_by(self) -> dict[str, int]:
+        """`num_waiting` by what the sequences wait for. Nobody overtakes: all wait for what the first one waits for.
+
+        rows: --max-num-seqs run already. memory: KV blocks. turn: their share of a step's tokens. preempted: blocks, a
+        second time. prompt: choice 0 computes the prompt that they share. Takes time with the queue's length.
+        """
+        first = min((s for s in self._waiting if s.state is State.WAITING), default=None)
+        fresh = sum(1 for s in self._waiting if s.state is State.WAITING)
+        found = {"rows": 0, "memory": 0, "turn": 0}
+        if first is not None:
+            wanted = self._blocks_wanted(first, self.groups.match(self._usable_keys(first)))
+            enough = self.groups.can_take(wanted)
+            found["turn" if self._free_rows and enough else "memory" if self._free_rows else "rows"] = fresh
+        return found | {"preempted": self._num_waiting - fresh, "prompt": len(self._forks)}
+
     def has(self, request_id: str) -> bool:
         """Whether a request is under way."""
         return request_id in self.requests

@@ -304,6 +304,9 @@ class TokenizerProcess:
         """A step's tokens to text."""
         requests = self.requests.live
         decoded = 0
+        for request_id, queued_s in step.queued_s.items():
+            if (begun := requests.get(request_id)) is not None:
+                begun.queued_s = begun.queued_s or queued_s
         for output in step.outputs:
             live = requests.get(output.request_id)
             if live is None:

@@ -144,9 +144,9 @@ def summary(view: View, earlier: View | None = None) -> dict[str, Any]:
 
 
 def _percentiles(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, float | None]:
-    histogram = Histogram(now["counts"], now["total_s"])
+    histogram = Histogram(now["counts"], now["total"])
     if before is not None:
-        recent = histogram.since(Histogram(before["counts"], before["total_s"]))
+        recent = histogram.since(Histogram(before["counts"], before["total"]))
         histogram = recent if recent.count else histogram
     return {"p50": histogram.quantile(0.5), "p99": histogram.quantile(0.99)}
 

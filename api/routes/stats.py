@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from core.stats import (
     EngineSnapshot,
     Histogram,
     Snapshot,
+    SupervisorSnapshot,
     TokenizerSnapshot,
     WorkerSnapshot,
     decode,
@@ -32,7 +34,8 @@ async def stats(service: Service, request: Request) -> Response:
 def stats_of(reply: StatsReply) -> dict[str, Any]:
     """The supervisor's reply as plain objects.
 
-    {"state", "server": facts, "engine" | "tokenizer" | "api": sums over their processes, "workers": one per process}.
+    {"state", "server": facts, "engine" | "tokenizer" | "api": sums over their processes, "workers": one per process,
+    "supervisor": processes, devices and incidents}.
     Histograms have their counts per bucket, and p50, p90 and p99 in seconds since the start.
     """
     snapshots = decode_all(reply)
@@ -44,6 +47,7 @@ def stats_of(reply: StatsReply) -> dict[str, Any]:
         "tokenizer": _plain(merge(kinds[TokenizerSnapshot]) or TokenizerSnapshot()),
         "api": _plain(merge(kinds[ApiSnapshot]) or ApiSnapshot()),
         "workers": {name: _plain(item) for name, item in snapshots.items() if isinstance(item, WorkerSnapshot)},
+        "supervisor": msgspec.to_builtins(supervisor_of(snapshots)),
     }
 
 
@@ -51,6 +55,11 @@ def decode_all(reply: StatsReply) -> dict[str, Snapshot]:
     """Process name -> snapshot, of those that have sent one."""
     found = {name: decode(payload) for name, payload in reply.snapshots.items()}
     return {name: snapshot for name, snapshot in found.items() if snapshot is not None}
+
+
+def supervisor_of(snapshots: Mapping[str, Snapshot]) -> SupervisorSnapshot:
+    """What the supervisor sees; empty when it has not said."""
+    return next((item for item in snapshots.values() if isinstance(item, SupervisorSnapshot)), SupervisorSnapshot())
 
 
 _KINDS: tuple[Any, ...] = (EngineSnapshot, TokenizerSnapshot, ApiSnapshot)
@@ -62,6 +71,6 @@ def _plain(snapshot: Snapshot) -> dict[str, Any]:
         value = getattr(snapshot, field.name)
         if isinstance(value, Histogram):
             quantiles = {f"p{round(share * 100)}": value.quantile(share) for share in QUANTILES}
-            value = {"count": value.count, "total_s": value.total_s, **quantiles, "counts": value.counts}
-        result[field.name] = value
+            value = {"count": value.count, "total": value.total, **quantiles, "counts": value.counts}
+        result[field.name] = msgspec.to_builtins(value)
     return result

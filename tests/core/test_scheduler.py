@@ -189,6 +189,7 @@ class Harness:
                 for block in sequence.tables[group].ids[sequence.tables[group].first :]:
                     held[block] += 1
             assert held == pool.refs
+            assert pool.num_cached == sum(1 for block in pool.index.values() if not pool.refs[block])
             assert {block for block, refs in enumerate(pool.refs) if refs == 0} == set(pool.free)
 
     def finish(self) -> None:
@@ -196,6 +197,7 @@ class Harness:
             if not (self.send() or self.answer()):
                 break
         self.check_counts()
+        assert sum(self.scheduler.waiting_by().values()) == 0
         assert not self.scheduler.requests
         assert not self.scheduler.running
         assert self.scheduler.num_waiting == 0

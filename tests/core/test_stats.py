@@ -24,7 +24,7 @@ def test_merge_adds_numbers_histograms_and_codes() -> None:
     total = merge([one, two])
     assert total is not None
     assert (total.requests, total.errors, total.ttft.count) == (7, {"a": 3, "b": 5}, 4)
-    assert total.ttft.total_s == pytest.approx(7.06)
+    assert total.ttft.total == pytest.approx(7.06)
     workers = merge([WorkerSnapshot(device="x", steps=1), WorkerSnapshot(device="x", steps=2)])
     assert workers is not None
     assert (workers.device, workers.steps) == ("x", 3)
