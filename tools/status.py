@@ -132,7 +132,9 @@ def summary(view: View, earlier: View | None = None) -> dict[str, Any]:
         "kv_blocks_cached": engine["kv_blocks_cached"],
         "running": engine["running"],
         "waiting": engine["waiting"],
+        "waiting_by": engine["waiting_by"],
         "preemptions": engine["preemptions"],
+        "idle_share": _idle_share(engine, before["engine"] if before else None),
         "prefix_hit_share": round(engine["cached_tokens"] / max(1, engine["prompt_tokens"]), 4),
         **rates,
         "ttft_s": _percentiles(api["ttft"], before["api"]["ttft"] if before else None),
@@ -141,6 +143,13 @@ def summary(view: View, earlier: View | None = None) -> dict[str, Any]:
         "errors": api["errors"],
         "processes": view.processes,
     }
+
+
+def _idle_share(now: dict[str, Any], before: dict[str, Any] | None) -> float | None:
+    """The device's time without a step, of the time with work; None when there was none."""
+    idle = now["idle_s"] - (before["idle_s"] if before else 0.0)
+    whole = idle + now["busy_s"] - (before["busy_s"] if before else 0.0)
+    return round(idle / whole, 4) if whole > 0 else None
 
 
 def _percentiles(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, float | None]:
@@ -177,7 +186,7 @@ def _server_table(item: dict[str, Any]) -> Table:
     table.add_row(
         Text(item["state"], style="green" if item["state"] == "ready" else "yellow")
         + Text(f"\nup {_duration(item['uptime_s'])}\n{item['restarts']} restarts", style="dim"),
-        item["device"] or "-",
+        (item["device"] or "-") + ("" if item["idle_share"] is None else f"\nidle {item['idle_share']:.0%} of work"),
         f"weights {_size(item['weights_bytes'])}\nKV {_size(item['kv_bytes'])}",
         f"{item['kv_blocks_used'] / total:4.0%} used\n{item['kv_blocks_cached'] / total:4.0%} cached\n"
         f"of {item['kv_blocks_total']:,}\nhits {item['prefix_hit_share']:.0%}",

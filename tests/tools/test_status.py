@@ -103,6 +103,14 @@ def test_quiet_seconds_show_the_latencies_of_before() -> None:
     assert 0.015 < found["ttft_s"]["p50"] <= 0.02
 
 
+def test_idle_share_is_of_the_time_with_work() -> None:
+    before = view(recorded([], 0, idle_s=1.0, busy_s=2.0), 50.0)
+    after = view(recorded([], 0, idle_s=1.5, busy_s=3.5), 52.0)
+    assert summary(after, before)["idle_share"] == 0.25
+    assert summary(before, before)["idle_share"] is None
+    assert "idle 25% of work" in drawn(summary(after, before))
+
+
 def test_nothing_measured_yet() -> None:
     found = summary(view(recorded([], 0), 52.0), view(recorded([], 0), 50.0))
     assert found["ttft_s"] == {"p50": None, "p99": None}
