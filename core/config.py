@@ -77,6 +77,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     null_step_table: Annotated[
         str | None, _option("step times by tokens, 'tokens:ms,…', interpolated", "null device")
     ] = None
+    # ---- cost
+    gpu_price_per_hour: Annotated[float | None, _option("price of one GPU; /metrics then tells the cost", "cost")] = (
+        None
+    )
     # ---- log
     log_level: Annotated[Literal["debug", "info", "warning", "error"], _option("what is logged", "log")] = "info"
     log_format: Annotated[LogFormat, _option("how it is logged", "log")] = "text"

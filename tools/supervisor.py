@@ -25,6 +25,8 @@ from core.channel import ChannelFull, PeerGone, Server
 from core.config import Config
 from core.messages import Heartbeat, Ready, Shutdown, StatsQuery, StatsReply, ToSupervisor
 from core.model_info import ModelInfo
+from core.stats import SupervisorSnapshot
+from tools.machine import Machine
 from tools.run_dir import RunDir
 
 POLL_S = 0.05
@@ -76,6 +78,8 @@ class Supervisor:
         self.state = "loading"
         self.children: dict[str, Child] = {}
         self.facts: dict[str, str | int | float] = {}
+        self.machine = Machine()
+        self.began_s = time.monotonic()
         self._signals = 0
         self._context: zmq.Context[Any] = zmq.Context()
         self._server: Server[ToSupervisor] = Server(self._context, f"ipc://{run_dir.path}/control", ToSupervisor)
@@ -191,7 +195,17 @@ class Supervisor:
         return "loading" if self.state == "ready" and not whole else self.state
 
     def _snapshots(self) -> dict[str, bytes]:
-        return {child.name: child.snapshot for child in self.children.values() if child.snapshot}
+        found = {child.name: child.snapshot for child in self.children.values() if child.snapshot}
+        pids = {"supervisor": os.getpid(), **{child.name: child.process.pid for child in self.children.values()}}
+        restarts = {child.name: len(child.restarts) for child in self.children.values()}
+        own = SupervisorSnapshot(
+            model=self.model.name,
+            uptime_s=time.monotonic() - self.began_s,
+            processes=self.machine.processes(pids, restarts),
+            num_devices=self.config.tensor_parallel_size,
+            gpu_price_per_hour=self.config.gpu_price_per_hour,
+        )
+        return {**found, "supervisor": msgspec.msgpack.encode(own)}
 
     def _server_facts(self) -> dict[str, str | int | float]:
         pids: dict[str, str | int | float] = {f"pid.{c.name}": c.process.pid for c in self.children.values()}
