@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -86,4 +86,29 @@ class Backend(Protocol):
 
     def graphs(self, forward: Forward, max_tokens: int, max_seqs: int) -> StepGraphs | None:
         """The forward pass as captured graphs, for steps of up to so many tokens; None where there are no graphs."""
+        ...
+
+
+class Compiling(Protocol):
+    """A model's kernels being compiled by other processes."""
+
+    def wait(self) -> object:
+        """Return when all are there, or when it takes too long: what is missing is compiled at its first launch."""
+        ...
+
+    def close(self) -> None:
+        """Give up what is not done. May be called again."""
+        ...
+
+
+Trace = Callable[["Backend", Comm], None]
+"""Builds a model on the stand-in backend given, and captures it."""
+
+
+@runtime_checkable
+class CompilesAhead(Protocol):
+    """What a Backend offers besides when it compiles kernels: to begin before the weights are there."""
+
+    def precompile(self, trace: Trace, rank: int, ranks: int) -> Compiling | None:
+        """Begin, in other processes; `trace` runs in one of them. None when there is nothing to compile ahead."""
         ...

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
 
-from hw.backend import Capabilities, Forward
+from hw.backend import Capabilities, Compiling, Forward, Trace
 from hw.comm import Comm
 from hw.cuda.graphs import StepGraphs
 from hw.cuda.ops import CudaOps
@@ -92,6 +93,18 @@ class CudaBackend:
 
     def graphs(self, forward: Forward, max_tokens: int, max_seqs: int) -> StepGraphs:
         return StepGraphs(forward, self.device, max_tokens, max_seqs)
+
+    def precompile(self, trace: Trace, rank: int, ranks: int) -> Compiling | None:
+        # It builds on this module.
+        from hw.cuda.precompile import start
+
+        major, minor = torch.cuda.get_device_capability(self.device)
+        target = GPUTarget("cuda", 10 * major + minor, 32)
+        try:
+            return start(trace, self.capabilities, target, supports_pdl(), Comm(rank, ranks))
+        except OSError as error:
+            log.warning("kernels are compiled one by one: %s", error)
+            return None
 
 
 def available() -> str | None:

@@ -7,15 +7,17 @@ import time
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace
 
 from core.config import Config
 from core.errors import QuireError
 from core.model_info import ModelInfo
 from core.process import Process
-from hw.backend import Backend
+from hw.backend import Backend, CompilesAhead, Compiling
 from hw.comm import Comm, TorchComm
 from hw.kvcache import KVLayout
 from hw.select import select
+from models.layers.decoder import Decoder
 from models.runtime.loader import load_model, num_bytes
 from models.runtime.memory import plan_blocks
 from models.runtime.rendezvous import meet
@@ -33,33 +35,59 @@ def build_runner(process: Process, phases: dict[str, float]) -> ModelRunner:
     config, rank = process.config, process.index
     torch.set_num_threads(threads(config))
     backend = select(config.device, rank, Path(config.cache_dir))
-    comm = join(process) if config.tensor_parallel_size > 1 else Comm()
-    return load_runner(config, process.model, backend, comm, phases)
+    compiling = begin_compiling(config, process.model, backend, rank)
+    try:
+        comm = join(process) if config.tensor_parallel_size > 1 else Comm()
+        return load_runner(config, process.model, backend, comm, phases, compiling)
+    finally:
+        if compiling is not None:
+            compiling.close()
 
 
 def load_runner(
-    config: Config, model: ModelInfo, backend: Backend, comm: Comm, phases: dict[str, float] | None = None
+    config: Config,
+    model: ModelInfo,
+    backend: Backend,
+    comm: Comm,
+    phases: dict[str, float] | None = None,
+    compiling: Compiling | None = None,
 ) -> ModelRunner:
-    """Load the weights and make the cache on a device that is there."""
+    """Load the weights and make the cache on a device that is there. `compiling`: its kernels, under way."""
     phases = {} if phases is None else phases
     begin_s = time.monotonic()
-    dtype = dtype_of(config.dtype, backend.capabilities.dtypes, "dtype")
-    loaded = load_model(
+    loaded = load_weights(config, model, backend, comm)
+    phases["weights"] = time.monotonic() - begin_s
+    return make_runner(config, model, backend, loaded, phases, compiling)
+
+
+def load_weights(config: Config, model: ModelInfo, backend: Backend, comm: Comm) -> Decoder:
+    """This rank's share of the model."""
+    return load_model(
         Path(model.path),
         backend,
         comm,
-        dtype=dtype,
+        dtype=dtype_of(config.dtype, backend.capabilities.dtypes, "dtype"),
         quantization=config.quantization,
         load_format=config.load_format,
         num_positions=model.max_model_len,
         seed=config.seed,
     )
-    phases["weights"] = time.monotonic() - begin_s
+
+
+def make_runner(
+    config: Config,
+    model: ModelInfo,
+    backend: Backend,
+    loaded: Decoder,
+    phases: dict[str, float],
+    compiling: Compiling | None = None,
+) -> ModelRunner:
+    """The cache and the graphs around a loaded model."""
     begin_s = time.monotonic()
     on_cpu = backend.device.type == "cpu"
-    stored = (
-        dtype if config.kv_dtype == "auto" else dtype_of(config.kv_dtype, backend.capabilities.kv_dtypes, "kv_dtype")
-    )
+    name, option = (config.dtype, "dtype") if config.kv_dtype == "auto" else (config.kv_dtype, "kv_dtype")
+    supported = backend.capabilities.dtypes if config.kv_dtype == "auto" else backend.capabilities.kv_dtypes
+    stored = dtype_of(name, supported, option)
     layout = KVLayout.build(loaded.kv_layers, config.block_size or backend.capabilities.block_size, stored)
     blocks = plan_blocks(
         config, layout, backend.free_bytes(), model.max_model_len, on_cpu=on_cpu, ranks=config.tensor_parallel_size
@@ -72,12 +100,38 @@ def load_runner(
         max_step_tokens=config.max_step_tokens or STEP_TOKENS,
         vocab_size=model.vocab_size,
     )
+    if compiling is not None:
+        begin_s = time.monotonic()
+        compiling.wait()
+        phases["compile"] = time.monotonic() - begin_s
     begin_s = time.monotonic()
     graphs = backend.graphs(loaded.forward, limits.max_step_tokens, limits.max_num_seqs)
     runner = ModelRunner(loaded.forward, loaded.logits, backend, pool, limits, num_bytes(loaded), graphs)
     if graphs is not None:
         phases["graphs"] = time.monotonic() - begin_s
     return runner
+
+
+def begin_compiling(config: Config, model: ModelInfo, backend: Backend, rank: int) -> Compiling | None:
+    """Let a device that compiles kernels begin while the weights load; None for one that does not."""
+    if not isinstance(backend, CompilesAhead):
+        return None
+
+    def trace(stand_in: Backend, comm: Comm) -> None:
+        few = replace(config, load_format="dummy", num_kv_blocks=2)
+        loaded = load_weights(few, model, stand_in, comm)
+        keep_kinds(loaded)
+        make_runner(few, model, stand_in, loaded, {})
+
+    return backend.precompile(trace, rank, config.tensor_parallel_size)
+
+
+def keep_kinds(model: Decoder) -> None:
+    """Drop the layers that are like an earlier one. Scales of a cache lie 8 bytes apart and kernels are compiled for
+    addresses divisible by 16, so two of every kind are left: an even and an odd one."""
+    kinds = {(layer.attention.kv, index % 2): layer for index, layer in reversed(list(enumerate(model.layers)))}
+    kept = set(map(id, kinds.values()))
+    model.layers = [layer for layer in model.layers if id(layer) in kept]
 
 
 def join(process: Process) -> Comm:
