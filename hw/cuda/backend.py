@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 
 from hw.backend import Capabilities, Compiling, Forward, Trace
 from hw.comm import Comm
@@ -118,8 +120,20 @@ def available() -> str | None:
     return None
 
 
+def settle_cache_keys() -> None:
+    """Have Triton hash all functions of this package in a fixed order. A function's key is otherwise another one when
+    a function that it calls was hashed before, and processes that compile in different orders miss each other's work.
+    """
+    for name, module in sorted(sys.modules.items(), key=lambda item: item[0]):
+        if name.startswith("hw.cuda."):
+            for _, function in sorted(vars(module).items(), key=lambda item: item[0]):
+                if isinstance(function, JITFunction):
+                    _ = function.cache_key
+
+
 def make(rank: int, cache: Path | None) -> CudaBackend:
     """The device of a rank. Compiled kernels are kept in `cache`."""
     if cache is not None:
         triton.knobs.cache.dir = str(cache / "triton")
+    settle_cache_keys()
     return CudaBackend(rank)

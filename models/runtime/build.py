@@ -18,6 +18,7 @@ from hw.comm import Comm, TorchComm
 from hw.kvcache import KVLayout
 from hw.select import select
 from models.layers.decoder import Decoder
+from models.runtime.every_launch import every_launch, keep_kinds
 from models.runtime.loader import load_model, num_bytes
 from models.runtime.memory import plan_blocks
 from models.runtime.rendezvous import meet
@@ -121,17 +122,9 @@ def begin_compiling(config: Config, model: ModelInfo, backend: Backend, rank: in
         few = replace(config, load_format="dummy", num_kv_blocks=2)
         loaded = load_weights(few, model, stand_in, comm)
         keep_kinds(loaded)
-        make_runner(few, model, stand_in, loaded, {})
+        every_launch(make_runner(few, model, stand_in, loaded, {}), config.max_num_seqs)
 
     return backend.precompile(trace, rank, config.tensor_parallel_size)
-
-
-def keep_kinds(model: Decoder) -> None:
-    """Drop the layers that are like an earlier one. Scales of a cache lie 8 bytes apart and kernels are compiled for
-    addresses divisible by 16, so two of every kind are left: an even and an odd one."""
-    kinds = {(layer.attention.kv, index % 2): layer for index, layer in reversed(list(enumerate(model.layers)))}
-    kept = set(map(id, kinds.values()))
-    model.layers = [layer for layer in model.layers if id(layer) in kept]
 
 
 def join(process: Process) -> Comm:
