@@ -1,4 +1,4 @@
-"""Without a GPU the kernels run in Triton's interpreter, which must be chosen before a kernel is defined."""
+"""Fixtures of the kernels' tests."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import os
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture
