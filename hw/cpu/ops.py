@@ -93,16 +93,14 @@ class CpuOps:
         folded = q.view(tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
         result = torch.zeros_like(folded) if tokens > inputs.num_tokens else torch.empty_like(folded)
         plan = self.plan(inputs)
-        for rows, index, mask in plan.decodes(cache, window, q.dtype):
+        for group in plan.decodes(cache, window, q.dtype):
             # The heads that share a K/V head stand as queries of one head: SDPA then reads K and V once.
-            k, v = _gather(cache, index, q.dtype)
-            whole = rows is None
-            some = folded[: inputs.num_decodes] if whole else folded[rows]
-            answer = F.scaled_dot_product_attention(some, k, v, attn_mask=mask, scale=scale)
-            if rows is None:
-                result[: inputs.num_decodes] = answer
-            else:
-                result[rows] = answer
+            k, v = _gather(cache, group.index, q.dtype)
+            if group.hidden is not None:
+                row, key = group.hidden
+                k[row, :, key] = v[row, :, key] = 0.0
+            rows = slice(inputs.num_decodes) if group.rows is None else group.rows
+            result[rows] = F.scaled_dot_product_attention(folded[rows], k, v, attn_mask=group.mask, scale=scale)
         for chunk in plan.chunks(cache, window, q.dtype):
             k, v = _gather(cache, chunk.index, q.dtype)
             for piece in chunk.pieces:

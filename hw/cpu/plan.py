@@ -16,7 +16,19 @@ MAX_WASTE_TOKENS = 256  # padding worth less than one more gather and attention 
 MIN_FILL = 0.75  # a decode joins a group of longer ones if it fills this much of their length
 MAX_PIECE_QUERIES = 256  # bounds the mask to 256 x keys, and skips most keys after the diagonal
 
-Decodes = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]
+
+@dataclass(frozen=True, slots=True)
+class Decodes:
+    """Decode rows of similar length: rows None for all in order; index [rows, kv_heads, blocks].
+
+    hidden: (row, key) pairs of the gathered keys that no query may see; mask, added to their scores, keeps their weight
+    at zero. Both None when all are seen. What is hidden may be anybody's, NaN too, and 0 * NaN is NaN: it is zeroed.
+    """
+
+    rows: torch.Tensor | None
+    index: torch.Tensor
+    mask: torch.Tensor | None
+    hidden: tuple[torch.Tensor, torch.Tensor] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +90,7 @@ class StepPlan:
         return self._once(("store", cache.group, kv_heads, size), make)
 
     def decodes(self, cache: LayerCache, window: int | None, dtype: torch.dtype) -> list[Decodes]:
-        """Decode rows in groups of similar length: (rows, or None for all in order; index; additive mask or None)."""
+        """The decode rows of the step in groups of similar length."""
         kv_heads = cache.k.shape[1]
         return self._once(
             ("decodes", cache.group, kv_heads, window, dtype), lambda: self._decodes(cache, kv_heads, window, dtype)
@@ -102,9 +114,11 @@ class StepPlan:
             hidden = keys >= ends
             if window is not None:
                 hidden |= keys < ends - window
-            mask = _additive(hidden, dtype)[:, None, None, :] if bool(hidden.any()) else None
+            some = bool(hidden.any())
+            mask = _additive(hidden, dtype)[:, None, None, :] if some else None
+            row, key = hidden.nonzero(as_tuple=True)
             chosen = None if len(groups) == 1 else torch.tensor(rows)
-            planned.append((chosen, _block_index(blocks, kv_heads), mask))
+            planned.append(Decodes(chosen, _block_index(blocks, kv_heads), mask, (row, key) if some else None))
         return planned
 
     def chunks(self, cache: LayerCache, window: int | None, dtype: torch.dtype) -> list[Chunk]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
+from hw.cpu import native
+from hw.cpu.native_ops import NativeOps
 from hw.cpu.ops import CpuOps
 from hw.ops import ActFormat, GroupInputs, HostInputs, LayerCache, StepInputs
 
@@ -173,3 +176,40 @@ def test_attention(sequences: list[tuple[int, int]], window: int | None, dtype: 
 def test_other_forms_are_refused() -> None:
     with pytest.raises(ValueError, match="fp8_token"):
         CpuOps().silu_mul(torch.zeros(1, 2), ActFormat.FP8_TOKEN)
+
+
+def native_ops(folder: Path) -> NativeOps:
+    library = native.load(folder)
+    if library is None:
+        pytest.skip("no C compiler on this machine")
+    return NativeOps(library, 1)
+
+
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("kind", ["decode", "prefill", "mixed"])
+@pytest.mark.parametrize("path", ["torch", "native", "bfloat16"])
+def test_what_others_left_in_the_cache_never_shows(path: str, kind: str, window: int | None, tmp_path: Path) -> None:
+    """NaN in every slot that belongs to no token of the step's sequences: block 0, free blocks, tails of last blocks.
+
+    And in all of a poisoned mate's: its own row is NaN then, and nobody else's.
+    """
+    decodes, prefills = [(3, 1), (13, 1), (60, 1), (24, 1)], [(21, 21), (30, 5), (5, 2)]
+    sequences = {"decode": decodes, "prefill": prefills, "mixed": decodes + prefills}[kind]
+    ops = native_ops(tmp_path) if path == "native" else CpuOps()
+    dtype = torch.bfloat16 if path == "bfloat16" else torch.float32
+    step = Step(sequences)
+    step.num_blocks += 3
+    cache = step.cache(2, 8, dtype)
+    q = torch.randn(step.tokens, 4, 8).to(dtype)
+    want = ops.attention(q, cache, step.inputs, 0.3, window, PLAIN).clone()
+    poisoned = len(sequences) - 1
+    for mate in (None, poisoned):
+        kept = [step.slot(s, p) for s, (n, _) in enumerate(sequences) if s != mate for p in range(n)]
+        foreign = torch.ones(step.num_blocks * BLOCK_SIZE, dtype=torch.bool)
+        foreign[kept] = False
+        hidden = foreign.view(step.num_blocks, 1, BLOCK_SIZE, 1)
+        dirty = LayerCache(cache.k.masked_fill(hidden, math.nan), cache.v.masked_fill(hidden, math.nan), 0, BLOCK_SIZE)
+        got = ops.attention(q, dirty, step.inputs, 0.3, window, PLAIN)
+        end = step.inputs.host.query_start[poisoned] if mate is not None else step.tokens
+        torch.testing.assert_close(got[:end], want[:end], atol=0, rtol=0)
+        assert bool(got[end:].isnan().all())
