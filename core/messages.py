@@ -4,8 +4,8 @@ A frame on any Channel is a list of messages of that channel's union (msgspec ms
 frame to each peer, never one per token. New fields go last with a default. No pickle, ever.
 
     api -> tokenizer       Generate, Abort
-    tokenizer -> scheduler Submit, Stop, Abort
-    scheduler -> worker    Batch, Shutdown
+    tokenizer -> scheduler Hello, Submit, Stop, Abort
+    scheduler -> worker    Batch, Introduce, Shutdown
     worker -> scheduler    WorkerReady, BatchResult, WorkerFailed
     scheduler -> tokenizer StepOutput, Rejected, Failed
     tokenizer -> api       Started, Delta, then exactly one of Finished, Rejected, Failed
@@ -127,7 +127,13 @@ class Stop(Message, frozen=True):
     choice: int
 
 
-ToScheduler = Submit | Stop | Abort
+class Hello(Message, frozen=True):
+    """A tokenizer process begins, with nothing under way: what a process of its name had is aborted."""
+
+    process: str
+
+
+ToScheduler = Submit | Stop | Abort | Hello
 
 # --------------------------------------------------------------------------------------------- scheduler -> worker
 
@@ -209,7 +215,11 @@ class Shutdown(Message, frozen=True):
     reason: str = ""
 
 
-ToWorker = Batch | Shutdown
+class Introduce(Message, frozen=True):
+    """A scheduler process begins: forget what an earlier one has sent, and say WorkerReady (again)."""
+
+
+ToWorker = Batch | Introduce | Shutdown
 
 # --------------------------------------------------------------------------------------------- worker -> scheduler
 
@@ -240,6 +250,7 @@ class WorkerReady(Message, frozen=True):
     weights_bytes: int = 0
     kv_bytes: int = 0
     ideal_step_tokens: int = 160  # where the device's GEMMs turn compute-bound (pacing)
+    pid: int = 0  # tells a rank that was restarted from one that says it again
 
 
 class TokenLogprobs(Message, frozen=True):
