@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 import msgspec
@@ -117,7 +117,7 @@ class Stream:
 class Live:
     """A request under way: its journal, the tokenizer that has it, and the stream that reads it."""
 
-    __slots__ = ("first_s", "index", "journal", "last_s", "link", "stream")
+    __slots__ = ("first_s", "index", "journal", "last_s", "link", "started", "stream")
 
     def __init__(self, journal: Journal, link: int, stream: Stream, index: int) -> None:
         self.last_s: list[float | None] = [None] * len(journal.choices)  # when each choice last had tokens
@@ -126,6 +126,7 @@ class Live:
         self.link = link
         self.stream = stream
         self.index = index
+        self.started = False  # the client has been told
 
 
 class EngineClient:
@@ -160,6 +161,7 @@ class EngineClient:
         self._max_live = max_live
         self._max_buffered = max_buffered
         self._draw = random.SystemRandom()
+        self._lives: dict[str, int] = {}  # process -> the life of it that is known here
 
     def start(self) -> None:
         """Begin to read the sockets on the running event loop."""
@@ -222,6 +224,41 @@ class EngineClient:
             stream.close()
             raise QuireError("queue_full", "the engine does not take requests now", None, RETRY_AFTER_S) from None
         return stream
+
+    def note_lives(self, facts: Mapping[str, str | int | float]) -> None:
+        """Take the supervisor's facts: requests of a tokenizer or scheduler that was restarted go on from the journal.
+
+        `facts["life.NAME"]` counts the lives of process NAME in which it became ready.
+        """
+        for link in range(len(self._links)):
+            anew = [self._is_new(name, facts) for name in (f"tokenizer-{link}", f"scheduler/{link}")]
+            if any(anew):
+                self._resume(link)
+
+    def fail_all(self, error: QuireError) -> None:
+        """The engine will not come back: every open stream ends with `error`."""
+        for live in list(self.live.values()):
+            if live.journal.request.request_id in self.live:
+                self.counts.failed += 1
+                live.stream.fail(error)
+
+    def _is_new(self, name: str, facts: Mapping[str, str | int | float]) -> bool:
+        life = int(facts.get("life." + name.partition("/")[0], 1))
+        known = self._lives.get(name, 1)
+        self._lives[name] = max(life, known)
+        return life > known
+
+    def _resume(self, link: int) -> None:
+        """Send every request of a link again, as its journal has it."""
+        for live in [live for live in self.live.values() if live.link == link]:
+            try:
+                self._links[link].send([live.journal.resume()])
+            except ChannelFull:
+                live.stream.fail(QuireError("engine_failed", "the engine does not take the request back"))
+                continue
+            if live.started:
+                live.stream.poke()  # a comment keeps the connection open
+        asyncio.get_running_loop().call_soon(self._read, link)
 
     def snapshot(self) -> ApiSnapshot:
         """What the heartbeat carries."""
@@ -298,7 +335,9 @@ class EngineClient:
                     self._deliver(live, message, now)
                 case Started():
                     self.counts.tokenize.observe(now - live.journal.request.arrival_s)
-                    live.stream.push(live.index, message)
+                    if not live.started:  # a resumed request starts again
+                        live.started = True
+                        live.stream.push(live.index, message)
                 case Finished(request_id):
                     self._end(request_id)
                     self.counts.finished += 1

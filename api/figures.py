@@ -27,15 +27,23 @@ class SupervisorFigures:
     Args:
         process: this process.
         snapshot: makes what the heartbeat carries.
+        on_reply: called with every reply.
         on_shutdown: called once, when the supervisor asks for the end or is gone.
     """
 
-    def __init__(self, process: Process, snapshot: Callable[[], Any], on_shutdown: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        process: Process,
+        snapshot: Callable[[], Any],
+        on_shutdown: Callable[[], None],
+        on_reply: Callable[[StatsReply], None] = lambda _: None,
+    ) -> None:
         self.state = "loading"
         self.progressing = True
         self._process = process
         self._snapshot = snapshot
         self._on_shutdown = on_shutdown
+        self._on_reply = on_reply
         self._numbers = itertools.count(1)
         self._reply: StatsReply | None = None
         self._reply_s = 0.0
@@ -84,6 +92,7 @@ class SupervisorFigures:
         self._reply, self._reply_s = reply, time.monotonic()
         self.state = reply.state
         self._note_progress(reply)
+        self._on_reply(reply)
         for future in self._waiting:
             if not future.done():
                 future.set_result(reply)

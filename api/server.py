@@ -27,7 +27,7 @@ from api.service import Service
 from api.zmq_server import ZmqServer
 from core.channel import Client
 from core.errors import QuireError
-from core.messages import FromTokenizer
+from core.messages import FromTokenizer, StatsReply
 from core.model_info import ModelInfo
 from core.process import Process, freeze_heap
 from core.sampling import SamplingLimits
@@ -60,7 +60,7 @@ async def serve(process: Process, listening: socket.socket | None) -> None:
         f"{process.name}.{os.urandom(4).hex()}.",
         max_live=config.max_num_seqs + config.max_queued_requests,
     )
-    figures = SupervisorFigures(process, engine.snapshot, lambda: stop())
+    figures = SupervisorFigures(process, engine.snapshot, lambda: stop(), lambda reply: _noted(engine, reply))
     service = Service(
         engine=engine,
         model=served_model(process.model, config.served_model_name or process.model.name),
@@ -108,6 +108,13 @@ def client_address(process: Process) -> str:
         text = f"client_address: {address!r} must be an ipc:// address; a tcp:// one would need keys"
         raise QuireError("invalid_config", text, "client_address")
     return address
+
+
+def _noted(engine: EngineClient, reply: StatsReply) -> None:
+    """What the supervisor says of the others' deaths."""
+    engine.note_lives(reply.server)
+    if reply.state == "failed":
+        engine.fail_all(QuireError("engine_failed", "a process of the engine kept dying; the server has given up"))
 
 
 async def _drained(engine: EngineClient, limit_s: float) -> None:

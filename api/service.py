@@ -49,7 +49,12 @@ class Service(msgspec.Struct, frozen=True):
 
     async def check_ready(self) -> None:
         """Refuse work while the engine starts, or comes back after a death. Raises QuireError("loading")."""
-        if self.figures.state != "ready" and (await self.figures.query()).state == "loading":
+        if self.figures.state == "ready":
+            return
+        state = (await self.figures.query()).state
+        if state == "failed":
+            raise QuireError("engine_failed", "a process of the engine kept dying; the server has given up")
+        if state == "loading":
             raise QuireError("loading", "the model is being loaded; try again soon", None, 1.0)
 
 

@@ -58,6 +58,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_body_bytes: Annotated[Positive, _option("largest request body", "server")] = 16 * 1024 * 1024
     strict_fields: Annotated[bool, _option("refuse unknown request fields by name", "server")] = False
     drain_timeout_s: Annotated[float, Meta(ge=0), _option("at SIGTERM, seconds for running requests", "server")] = 20.0
+    max_restarts: Annotated[
+        int, Meta(ge=0), _option("restarts of a process in restart_window_s; then failed", "server")
+    ] = 3
+    restart_window_s: Annotated[float, Meta(gt=0), _option("seconds over which restarts are counted", "server")] = 120.0
+    hang_timeout_s: Annotated[
+        float, Meta(ge=1.5), _option("seconds without heartbeat after which a process is restarted", "server")
+    ] = 20.0
+    worker_hang_timeout_s: Annotated[
+        float, Meta(ge=1.5), _option("the same for a worker; one step of it must take less", "server")
+    ] = 120.0
     die_with_parent: Annotated[bool, _option("end when the starting process ends (quire.LLM)", "server")] = False
     # ---- engine
     device: Annotated[Device, _option("hardware target; null: no model at all", "engine")] = "auto"

@@ -6,6 +6,7 @@ a device does not wait for Python. The scheduler is pure; this file is its socke
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import time
 from collections import deque
@@ -20,6 +21,8 @@ from core.messages import (
     BatchResult,
     Failed,
     FromWorker,
+    Hello,
+    Introduce,
     Rejected,
     SequenceOutput,
     Shutdown,
@@ -48,12 +51,24 @@ class Workers:
         self.num_ranks = num_ranks
         self.ready: dict[int, WorkerReady] = {}
         self.complete = False
+        self.asked: set[int] = set()
+
+    def introduce(self) -> None:
+        """Ask each rank that has said nothing yet, once: a scheduler that was restarted finds its workers loaded."""
+        for rank in range(self.num_ranks):
+            if rank not in self.ready and rank not in self.asked:
+                with contextlib.suppress(PeerGone):  # it is not connected yet
+                    self.server.send(f"worker-{rank}", [Introduce()])
+                    self.asked.add(rank)
 
     def register(self, ready: WorkerReady) -> bool:
         """Note a rank's WorkerReady; True when it completes the group.
 
         A rank that reports again has been restarted, and so have all of its partners: the group starts over.
         """
+        known = self.ready.get(ready.rank)
+        if known is not None and known.pid == ready.pid:
+            return False  # the answer to Introduce, after it had spoken by itself
         if self.complete:
             self.complete = False
             self.ready.clear()
@@ -129,6 +144,8 @@ class Engine:
             poller.register(socket, zmq.POLLIN)
         while not self.process.stopping:
             poller.poll(200 if not self.deadlines else 20)
+            if not self.workers.complete:
+                self.workers.introduce()
             self.receive_requests()
             outputs = self.receive_results()
             self.send_batches()
@@ -154,9 +171,16 @@ class Engine:
                             self.meter.ended(request_id)
                     case Abort(request_id):
                         self.abort(request_id)
+                    case Hello():
+                        for request_id in [key for key, owner in self.tokenizers.owner.items() if owner == peer]:
+                            self.abort(request_id)
 
     def admit(self, peer: str, submit: Submit) -> None:
         """Queue a request, or refuse it with the reason."""
+        if self.scheduler is not None and (old := self.scheduler.requests.get(submit.request_id)) is not None:
+            if submit.epoch <= old.submit.epoch:
+                return  # late words of the request's earlier life
+            self.abort(submit.request_id)
         self.tokenizers.owner[submit.request_id] = peer
         if self.scheduler is None:
             self.backlog.append((peer, submit))
@@ -165,7 +189,7 @@ class Engine:
             self.tokenizers.end(Rejected(submit.request_id, "context_length_exceeded", reason, "messages"))
             return
         limit = self.process.config.max_queued_requests
-        if self.scheduler.num_waiting >= limit:
+        if submit.epoch == 0 and self.scheduler.num_waiting >= limit:  # one that was resumed has been let in
             text = f"{limit} requests are waiting already (--max-queued-requests); try again later"
             self.tokenizers.end(Rejected(submit.request_id, "queue_full", text, None, self.meter.drain_s(limit)))
             return
@@ -295,7 +319,11 @@ def make_scheduler(ready: WorkerReady, process: Process) -> Scheduler:
         ideal_step_tokens=ready.ideal_step_tokens,
     )
     caching = process.config.prefix_caching
-    return Scheduler(limits, ready.kv_specs, ready.num_blocks, ready.block_size, process.model.engine, caching)
+    # Workers may still answer steps of a scheduler that died: no number of its is used again (steps take over 1 µs).
+    first_step = int(time.monotonic() * 1e6)
+    return Scheduler(
+        limits, ready.kv_specs, ready.num_blocks, ready.block_size, process.model.engine, caching, first_step
+    )
 
 
 def describe(ranks: dict[int, WorkerReady]) -> str:

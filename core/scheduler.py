@@ -62,7 +62,14 @@ class Scheduler:
     """Requests in, Batches out, BatchResults in, news out."""
 
     def __init__(
-        self, limits: Limits, specs: list[KVSpec], num_blocks: list[int], block_size: int, revision: str, caching: bool
+        self,
+        limits: Limits,
+        specs: list[KVSpec],
+        num_blocks: list[int],
+        block_size: int,
+        revision: str,
+        caching: bool,
+        first_step: int = 0,
     ) -> None:
         self.limits = limits
         self.groups = BlockGroups(specs, num_blocks, block_size, caching)
@@ -77,7 +84,7 @@ class Scheduler:
         self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._released: list[int] = []
         self._steps: dict[int, dict[int, Entry]] = {}
-        self._step = 0
+        self._step = first_step
         self._arrivals = 0
 
     # ------------------------------------------------------------------------------------------ requests

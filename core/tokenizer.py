@@ -31,6 +31,7 @@ from core.messages import (
     FromScheduler,
     FromTokenizer,
     Generate,
+    Hello,
     Rejected,
     Started,
     StepOutput,
@@ -204,6 +205,11 @@ class TokenizerProcess:
 
     def generate(self, peer: str, generate: Generate) -> None:
         """Encode a request's prompt here, or in a thread when it is long."""
+        request_id = generate.request_id
+        if (live := self.requests.live.get(request_id)) is not None and generate.epoch <= live.epoch:
+            return  # late words of the request's earlier life
+        if live is not None or request_id in self.encoding:
+            self.abort(request_id)  # it comes back from the journal: the earlier life is over
         with self.alone(peer, generate):
             asked = self.requests.text_of(generate)
             if asked is None:
@@ -351,6 +357,7 @@ def main() -> None:
     context: zmq.Context[Any] = zmq.Context()
     apis: Server[Any] = Server(context, process.address(process.name), ToTokenizer)
     scheduler: Client[Any] = Client(context, process.address("scheduler"), FromScheduler, name=process.name)
+    scheduler.send([Hello(process.name)])
     process.ready(f"{requests.codec.num_ids:,} tokens", {"load": time.monotonic() - began})
     freeze_heap()
     try:

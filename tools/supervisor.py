@@ -30,10 +30,8 @@ from tools.machine import Machine
 from tools.run_dir import RunDir
 
 POLL_S = 0.05
-SILENT_S = 30.0  # a process that sends no heartbeat for so long hangs; a worker may compute that long (see below)
-SILENT_WORKER_S = 300.0  # one step on a slow CPU with a long prompt
-MAX_RESTARTS = 3
-RESTART_WINDOW_S = 120.0
+START_S = 600.0  # a process that is not ready after so long hangs: a large model takes minutes
+BACK_OFF_S = 0.25  # before a second restart in the window; doubled with each one more
 KILL_AFTER_S = 5.0
 MODULES = {
     "worker": "models.runtime.worker",
@@ -58,6 +56,9 @@ class Child:
     snapshot: bytes = b""
     heard_s: float = field(default_factory=time.monotonic)
     restarts: deque[float] = field(default_factory=deque)
+    life: int = 1
+    served: int = 0  # the last life in which it became ready
+    due_s: float | None = None  # dead: when it is started again
 
     @property
     def role(self) -> str:
@@ -99,6 +100,7 @@ class Supervisor:
             while not self._signals:
                 self._listen(POLL_S)
                 self._watch()
+            code = int(self.state == "failed")
         except StartFailed as failure:
             self.say(f"error: {failure}")
             self.state = "failed"
@@ -139,10 +141,15 @@ class Supervisor:
         if role == "api" and self.http_fd is not None:
             command += ["--fd", str(self.http_fd)]
             fds = (self.http_fd,)
-        restarts = self.children[name].restarts if name in self.children else deque()
         # A group of their own: a terminal's Ctrl-C reaches the supervisor only, which ends the others in order.
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=fds, process_group=0)
-        self.children[name] = Child(name, process, restarts=restarts)
+        old = self.children.get(name)
+        if old is None:
+            self.children[name] = Child(name, process)
+        else:
+            self.children[name] = Child(
+                name, process, restarts=old.restarts, life=old.life + 1, served=old.served, snapshot=old.snapshot
+            )
 
     def _wait_ready(self) -> None:
         """Until every child is ready, or a signal comes."""
@@ -180,9 +187,11 @@ class Supervisor:
         if child is not None:
             child.heard_s = time.monotonic()
         match message:
-            case Ready() if child is not None and message.pid == child.process.pid:
+            case Ready() if child is not None and message.pid == child.process.pid and child.due_s is None:
                 child.ready = message
+                child.served = child.life
                 self.facts.update(message.facts)
+                self._tell_apis()
             case Heartbeat() if child is not None and message.pid == child.process.pid:
                 child.snapshot = message.snapshot or child.snapshot
             case StatsQuery(query_id):
@@ -210,52 +219,86 @@ class Supervisor:
     def _server_facts(self) -> dict[str, str | int | float]:
         pids: dict[str, str | int | float] = {f"pid.{c.name}": c.process.pid for c in self.children.values()}
         restarts = sum(len(child.restarts) for child in self.children.values())
-        return {"pid.supervisor": os.getpid(), "restarts": restarts, **self.facts, **pids}
+        lives = {f"life.{c.name}": c.served for c in self.children.values() if c.served}
+        return {"pid.supervisor": os.getpid(), "restarts": restarts, **self.facts, **pids, **lives}
+
+    def _tell_apis(self) -> None:
+        """Say at once what has changed; they would ask within a second."""
+        reply = StatsReply(0, self._public_state(), self._snapshots(), self._server_facts())
+        for child in self.children.values():
+            if child.role == "api" and child.ready is not None:
+                self._send(child.name, reply)
 
     def _send(self, peer: str, message: Any) -> None:
         with contextlib.suppress(PeerGone, ChannelFull):  # its death is seen by _watch
             self._server.send(peer, [message])
 
     def _watch(self) -> None:
-        """Notice what died or hangs."""
+        """Notice what died or hangs; start again what has waited long enough."""
         now = time.monotonic()
         for child in list(self.children.values()):
             if self.children[child.name] is not child:
                 continue  # replaced together with its group
-            silent = now - child.heard_s
-            limit = SILENT_WORKER_S if child.role == "worker" else SILENT_S
-            if child.process.poll() is None and silent < limit:
+            if child.due_s is not None:
+                if now >= child.due_s:
+                    self._start(child.name)
                 continue
+            silent = now - child.heard_s
             if child.process.poll() is None:
+                if silent < self._patience_s(child):
+                    continue
                 self.say(f"{child.name} has been silent for {silent:.0f} s; it is killed")
                 child.process.kill()
                 child.process.wait()
-            self._replace(child)
+            if self.state == "ready" or child.role == "api":
+                self._replace(child)
+
+    def _patience_s(self, child: Child) -> float:
+        if child.ready is None:
+            return START_S
+        return self.config.worker_hang_timeout_s if child.role == "worker" else self.config.hang_timeout_s
 
     def _replace(self, dead: Child) -> None:
-        """Start again what can be: an api process alone, workers with all of their partners."""
+        """Start again, with back-off, what died, and with a worker all of its partners. Too often: give up."""
         code = dead.process.returncode
         reason = f"signal {-code}" if code < 0 else f"code {code}"
-        if dead.role in ("scheduler", "tokenizer"):
-            # Their state is that of every running request: the server ends, and says so.
-            raise StartFailed(f"{dead.name} ended ({reason}); the server stops")
         now = time.monotonic()
-        while dead.restarts and now - dead.restarts[0] > RESTART_WINDOW_S:
+        while dead.restarts and now - dead.restarts[0] > self.config.restart_window_s:
             dead.restarts.popleft()
-        if len(dead.restarts) >= MAX_RESTARTS:
-            window = f"{MAX_RESTARTS} restarts within {RESTART_WINDOW_S:.0f} s"
-            raise StartFailed(f"{dead.name} ended again ({reason}) after {window}; the server stops")
+        if len(dead.restarts) >= self.config.max_restarts:
+            self._give_up(dead, reason)
+            return
+        back_off_s = BACK_OFF_S * 2 ** (len(dead.restarts) - 1) if dead.restarts else 0.0
         dead.restarts.append(now)
         group = [dead]
+        ranks = [child for child in self.children.values() if child.role == "worker"]
         if dead.role == "worker":
-            group = [child for child in self.children.values() if child.role == "worker"]
+            group = ranks
+        elif dead.role == "scheduler" and len(ranks) > 1:
+            # It may have died between two ranks of one step: they would wait for each other for ever.
+            group = [dead, *ranks]
         self.say(f"{dead.name} ended ({reason}); starting {', '.join(child.name for child in group)} again")
         for child in group:
             if child.process.poll() is None:
                 child.process.kill()
                 child.process.wait()
-        for child in group:
-            self._start(child.name)
+            child.ready = None
+            child.due_s = now + back_off_s
+        self._tell_apis()
+
+    def _give_up(self, dead: Child, reason: str) -> None:
+        """No crash loop: the engine ends, the api processes stay and say why."""
+        window = f"{self.config.max_restarts} restarts within {self.config.restart_window_s:.0f} s"
+        self.say(f"error: {dead.name} ended again ({reason}) after {window}; the server is not ready until restarted")
+        self.state = "failed"
+        dead.due_s = float("inf")
+        for child in self.children.values():
+            if child.role != "api":
+                child.due_s = float("inf")
+                if child.process.poll() is None:
+                    child.process.kill()
+                    child.process.wait()
+        self._tell_apis()
 
     # ------------------------------------------------------------------------------------------ stop
 

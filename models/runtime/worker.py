@@ -6,17 +6,19 @@ that the next step is at hand when one ends. All ranks of a group run every Batc
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import zmq
 
 from core.channel import Client
 from core.errors import QuireError
-from core.messages import Batch, BatchResult, Shutdown, ToWorker, WorkerFailed, WorkerReady
+from core.messages import Batch, BatchResult, Introduce, Shutdown, ToWorker, WorkerFailed, WorkerReady
 from core.process import Process, freeze_heap
 from core.stats import WorkerSnapshot
 from hw.null.runner import NullRunner
@@ -49,7 +51,7 @@ class Launched:
 class Worker:
     """The loop; collaborators come in ready-made."""
 
-    def __init__(self, process: Process, channel: Client[Batch | Shutdown], runner: StepRunner) -> None:
+    def __init__(self, process: Process, channel: Client[Batch | Introduce | Shutdown], runner: StepRunner) -> None:
         self.process = process
         self.channel = channel
         self.runner = runner
@@ -63,7 +65,7 @@ class Worker:
 
     def run(self) -> None:
         """Receive, launch, answer; until stopped. Raises StepFailed when this process must end."""
-        ready = self.runner.ready(self.rank, self.process.model.engine)
+        ready = self.introduction()
         self.snapshot = WorkerSnapshot(device=ready.device, weights_bytes=ready.weights_bytes, kv_bytes=ready.kv_bytes)
         self.channel.send([ready])
         while not self._stop:
@@ -73,6 +75,11 @@ class Worker:
             elif self.launched and self.launched[0].pending.due_s - time.monotonic() < 0.001:
                 self.answer(self.launched.popleft())
             self.look_at_control()
+
+    def introduction(self) -> WorkerReady:
+        """What the scheduler must know of this rank, and of this life of it."""
+        ready = self.runner.ready(self.rank, self.process.model.engine)
+        return msgspec.structs.replace(ready, pid=os.getpid())
 
     def patience_s(self) -> float:
         """How long to wait for a Batch: not at all when there is work at hand."""
@@ -91,6 +98,10 @@ class Worker:
                 match message:
                     case Batch():
                         self.inbox.append(Received(message, received_s))
+                    case Introduce():
+                        self.inbox.clear()
+                        self.needs_reset = True
+                        self.channel.send([self.introduction()])
                     case Shutdown():
                         self._stop = True
 
@@ -156,7 +167,9 @@ def main() -> None:
     """Entry point of a worker process."""
     process = Process.start("worker")
     context: zmq.Context[Any] = zmq.Context()
-    channel: Client[Batch | Shutdown] = Client(context, process.address("workers"), ToWorker, name=process.name)
+    channel: Client[Batch | Introduce | Shutdown] = Client(
+        context, process.address("workers"), ToWorker, name=process.name
+    )
     try:
         runner, phases = make_runner(process)
         ready = runner.ready(process.index, process.model.engine)
