@@ -1,7 +1,7 @@
 """Without a GPU the kernels run in Triton's interpreter, which Triton chooses as it is imported.
 
-This file is the root of the tests because whatever is collected first may import Triton: transformers' models do, and so do
-the tests of models/. A conftest.py of the kernels' own folder would come too late for them.
+It is at the root because whatever is collected first may import Triton, as the tests of models/ do by way of
+transformers' models. A conftest.py in the kernels' own folder would come too late for them.
 """
 
 from __future__ import annotations
