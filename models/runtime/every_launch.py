@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from core.messages import Batch, NewSequence, Scheduled
-from core.sampling import SamplingParams
 from models.layers.decoder import Decoder
 from models.runtime.runner import ModelRunner
+from quire import SamplingParams
 
 EVERY_ROWS = 32  # up to here each number of rows is its own; above, 5 apart meets every alignment and every split
 

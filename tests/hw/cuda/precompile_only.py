@@ -21,13 +21,13 @@ from triton.runtime.jit import JITFunction
 from core.config import Config
 from core.messages import Batch, NewSequence, Scheduled
 from core.model_info import resolve
-from core.sampling import SamplingParams
 from hw.backend import Capabilities
 from hw.comm import Comm
 from hw.cuda.backend import CudaBackend, settle_cache_keys
 from hw.cuda.ops import CudaOps
 from hw.cuda.precompile import NoCuda, NoDriver, Precompile, start
 from models.runtime import build
+from quire import SamplingParams
 
 TARGET = GPUTarget("cuda", 90, 32)
 SEQS = 40
@@ -55,7 +55,9 @@ class Device(CudaBackend):
 
 
 def main() -> None:
-    cache, folder, quantization, kv_dtype = sys.argv[1:]
+    cache, folder, *precision = sys.argv[1:]
+    quantization: Any = precision[0]
+    kv_dtype: Any = precision[1]
     triton.knobs.cache.dir = cache
     settle_cache_keys()
     config = Config(
@@ -80,7 +82,7 @@ def main() -> None:
     triton.knobs.compilation.listener = listen
     JITFunction.run = compile_only
     driver.set_active(NoDriver(TARGET))
-    torch.cuda = NoCuda()
+    setattr(torch, "cuda", NoCuda())  # noqa: B010
     torch._scaled_mm = lambda x, w, out_dtype, **_: torch.empty(x.shape[0], w.shape[1], dtype=out_dtype)
     device.ops = CudaOps(device.device, pdl=True)
     runner = build.load_runner(config, model, device, Comm())
