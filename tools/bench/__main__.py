@@ -13,6 +13,7 @@ BENCHES = {
     "latency": "one batch at a time, offline",
     "null": "the whole stack without a model: its ceiling, and the CPU share of each process",
     "scheduler": "cost of a scheduling step at many running sequences",
+    "pacing": "pacing policies on a simulated clock, with a model of the step time",
     "startup": "seconds from `quire serve` to the first healthy answer",
     "transformers": "Quire over HTTP against transformers.generate, in one run",
     "parity": "greedy answers to 200 chat prompts against transformers, token by token",
