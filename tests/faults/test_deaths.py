@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import time
@@ -131,3 +132,33 @@ def test_an_api_process_takes_only_its_own_connections(serve: Serve, draw: rando
         assert outcomes["finished"] > 0
         wait_ready(server)
         assert find(server, "api 1").is_running()
+
+
+def test_requests_of_a_dead_api_process_are_aborted(serve: Serve, draw: random.Random) -> None:
+    with serve(*NULL) as server:
+        load = Load(server, requests(16, 1900)).start()
+        kill_at(load, server, "api 0", draw, 500)
+        load.join()
+        assert load.outcomes()["finished"] == 0
+        wait_ready(server)
+        deadline = time.monotonic() + 5  # statistics come once a second, and the streams would run for half a minute
+        engine = {"running": -1, "waiting": -1}
+        while any(engine[key] for key in ("running", "waiting")) and time.monotonic() < deadline:
+            with urllib.request.urlopen(server.url + "/stats", timeout=10) as answer:
+                engine = json.load(answer)["engine"]
+            time.sleep(0.1)
+        assert (engine["running"], engine["waiting"]) == (0, 0)
+
+
+def test_comments_keep_the_connection_open_during_a_pause(serve: Serve) -> None:
+    body = {"model": "tiny-chat", "messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": 300}
+    with serve(*NULL) as server:
+        request = urllib.request.Request(
+            server.url + "/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            lines = [answer.readline() for _ in range(20)]
+            find(server, "scheduler").kill()
+            lines += answer.readlines()
+    assert b": keep-alive\n" in lines
+    assert b"data: [DONE]\n" in lines
