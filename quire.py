@@ -47,6 +47,22 @@ class QuireError(Exception):
         self.retry_after_s = retry_after_s
 
 
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What the output must be; exactly one field besides `source` is set.
+
+    `json`: a JSON Schema, as a dict or its JSON text. `json_object`: any JSON object. `regex`: the whole output matches.
+    `choice`: one of these texts. `grammar`: a Lark grammar, or one in GBNF (`root ::= …`).
+    `source`: the request's field that this came from, which errors then name.
+    """
+
+    json: dict[str, Any] | bool | str | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+    source: str = "structured_outputs"
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """How tokens are chosen and when a sequence ends. `core.sampling.validate` checks the ranges.
 
@@ -74,6 +90,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputs | None = None
 
 
 # ------------------------------------------------------------------------------------------------ the client protocol

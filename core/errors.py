@@ -20,6 +20,7 @@ CODES: dict[str, tuple[int, str]] = {
     "unknown_field": (400, "invalid_request_error"),
     "unsupported": (400, "invalid_request_error"),
     "template_error": (400, "invalid_request_error"),
+    "invalid_grammar": (400, "invalid_request_error"),
     "context_length_exceeded": (400, "invalid_request_error"),
     "invalid_api_key": (401, "authentication_error"),
     "not_found": (404, "invalid_request_error"),
