@@ -57,6 +57,8 @@ def validate(params: SamplingParams, limits: SamplingLimits) -> SamplingParams:
     for name, value in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
         if value is not None:
             _whole(name, value, 0, min(limits.max_logprobs, limits.vocab_size))
+    if params.structured_outputs is not None:  # nothing past this line applies it yet; ignoring it would be worse
+        raise QuireError("unsupported", "structured_outputs is not supported yet; leave it out", "structured_outputs")
     _check_stops(params, limits)
     _check_logit_bias(params.logit_bias, limits)
     return msgspec.structs.replace(params, top_k=0) if params.top_k == -1 else params
