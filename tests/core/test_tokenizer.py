@@ -30,6 +30,7 @@ from core.messages import (
     FromTokenizer,
     Generate,
     Heartbeat,
+    Hello,
     Prompt,
     Ready,
     Rejected,
@@ -162,6 +163,7 @@ def out(request_id: str, ids: list[int], first: int = 0, reason: str | None = No
 def around() -> Iterator[Around]:
     with tempfile.TemporaryDirectory(prefix="quire-") as folder:
         found = Around(Path(folder))
+        assert found.told(Hello) == Hello("tokenizer-0")
         yield found
         found.close()
 
@@ -385,6 +387,7 @@ def test_resuming_goes_on_where_the_client_is(around: Around, codec: TextCodec) 
     text = around.api().take(Delta).text
     around.api().send(generate("again", shown, SamplingParams(stop=("morning!",)), epoch=1, resume=progress))
     around.api().take(Started)
+    assert around.told(Abort) == Abort("again")  # the earlier life, which this scheduler may still run
     submit = around.told(Submit)
     assert (submit.epoch, submit.resume) == (1, progress)
     around.step(out("again", [99], cut))  # of the life before: dropped
