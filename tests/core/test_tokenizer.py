@@ -441,6 +441,7 @@ def test_statistics_add_up(around: Around) -> None:
 def test_shutdown_is_orderly() -> None:
     with tempfile.TemporaryDirectory(prefix="quire-") as folder:
         second = Around(Path(folder))
+        assert second.told(Hello) == Hello("tokenizer-0")
         try:
             second.begin("open", SamplingParams())
             second.supervisor.send("tokenizer-0", [Shutdown("end of the test")])
