@@ -1,0 +1,61 @@
+"""core.grammar: what a mask allows parses, what it does not allow is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from core.errors import QuireError
+from core.grammar import MAX_CHARS, Grammars
+from core.model_info import BUILTIN
+from core.text_codec import TextCodec
+from quire import StructuredOutputs
+
+CODEC = TextCodec(BUILTIN["tiny-chat"])
+EOS = 3
+GRAMMARS = Grammars(CODEC, 4096, [EOS])
+
+
+def draw(wanted: StructuredOutputs, seed: int) -> str:
+    """A text by uniform draws from what is allowed."""
+    rng, matcher, ids = random.Random(seed), GRAMMARS.compile(wanted), list[int]()
+    for _ in range(2000):
+        bits = np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little")
+        token = rng.choice(np.flatnonzero(bits).tolist())
+        assert matcher.take([token])
+        if token == EOS:
+            return CODEC.decode(ids, False)
+        ids.append(token)
+    raise AssertionError("no end")
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_schema(seed: int) -> None:
+    rng = random.Random(seed)
+    kinds = [{"type": "boolean"}, {"enum": ["a", 'b"c', 3, None]}, {"type": "string", "maxLength": 8}]
+    names = [f"p{i}" for i in range(rng.randint(1, 5))]
+    schema = {"type": "object", "properties": {n: rng.choice(kinds) for n in names}, "required": names,
+              "additionalProperties": False}  # fmt: skip
+    assert sorted(json.loads(draw(StructuredOutputs(json=schema), seed))) == sorted(names)
+
+
+def test_choice_and_regex() -> None:
+    assert {draw(StructuredOutputs(choice=("yes", "n o")), s) for s in range(20)} == {"yes", "n o"}
+    assert draw(StructuredOutputs(regex="[0-9]{3}"), 1).isdigit()
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        StructuredOutputs(), StructuredOutputs(regex="("), StructuredOutputs(json="{"), StructuredOutputs(choice=()),
+        StructuredOutputs(regex="a", json_object=True), StructuredOutputs(grammar="start: nothing"),
+        StructuredOutputs(regex="a" * (MAX_CHARS + 1)), StructuredOutputs(json={"type": "nonsense"}),
+    ],
+)  # fmt: skip
+def test_refused(wanted: StructuredOutputs) -> None:
+    with pytest.raises(QuireError, match="structured_outputs: ") as error:
+        GRAMMARS.compile(wanted)
+    assert error.value.code == "invalid_grammar"
