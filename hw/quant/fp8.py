@@ -40,6 +40,9 @@ class Fp8:
         scale = (weight.abs().amax(1).float() / LARGEST).clamp_min(1e-12)
         return (weight / scale[:, None]).clamp_(-LARGEST, LARGEST).to(DTYPE), scale
 
+    def adopt(self, values: torch.Tensor, scale: torch.Tensor) -> Packed:
+        return values, scale
+
     def apply(self, ops: Ops, x: Activation, packed: Packed, bias: torch.Tensor | None) -> Activation:
         fp8_ops: Fp8Ops = ops  # type: ignore[assignment]
         return fp8_ops.fp8_linear(x, packed[0], packed[1], bias)

@@ -1,13 +1,14 @@
 """Scheme: how a Linear's weight is stored and multiplied. One file per scheme in this folder.
 
 A Linear gives its scheme the plain weight of this rank once it is loaded; `pack` returns what is kept, and `apply`
-multiplies by it. Quantising while loading therefore needs no more memory than one plain weight at a time.
+multiplies by it. Quantising while loading therefore needs no more memory than one plain weight at a time. A scheme that
+AdoptsFp8 also takes ready-made FP8 weights of a checkpoint as they are.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -41,6 +42,15 @@ class Scheme(Protocol):
 
     def apply(self, ops: Ops, x: Activation, packed: Packed, bias: torch.Tensor | None) -> Activation:
         """x [tokens, k] -> [tokens, n]."""
+        ...
+
+
+@runtime_checkable
+class AdoptsFp8(Protocol):
+    """A scheme whose packed form is e4m3 with a scale per output channel: a checkpoint's is taken over unchanged."""
+
+    def adopt(self, values: torch.Tensor, scale: torch.Tensor) -> Packed:
+        """values [n, k] e4m3, scale [n] float32 (weight = values * scale) -> the tensors that are kept."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -35,8 +36,8 @@ class Weight(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """`scheme` is for the Linears of the layers; `plain` for what is never quantised. `weights` collects every Weight
-    by its name, for the loader."""
+    """`scheme` is for the Linears of the layers, except those that `keeps_plain` names, which stay in the model's dtype
+    (`plain`). `weights` collects every Weight by its name, for the loader."""
 
     backend: Backend
     comm: Comm
@@ -44,11 +45,16 @@ class Parts:
     plain: Scheme
     dtype: torch.dtype
     weights: dict[str, Weight] = field(default_factory=dict)
+    keeps_plain: Callable[[str], bool] = lambda name: False
 
     @property
     def device(self) -> torch.device:
         """Where the weights live."""
         return self.backend.device
+
+    def scheme_of(self, name: str) -> Scheme:
+        """The scheme of a Linear."""
+        return self.plain if self.keeps_plain(name) else self.scheme
 
     def share(self, total: int, what: str) -> tuple[int, int]:
         """This rank's [start, count) of `total` equal parts. Raises ValueError when they cannot be shared equally."""

@@ -18,7 +18,7 @@ MODELS = {
 def find(config: dict[str, Any]) -> Any:
     """The model module for a config.json.
 
-    Raises QuireError model_invalid for an architecture or a quantization that is not supported, with those that are.
+    Raises QuireError model_invalid for an architecture that is not supported, with those that are.
     """
     model_type = config.get("model_type")
     supported = ", ".join(MODELS)
@@ -30,12 +30,5 @@ def find(config: dict[str, Any]) -> Any:
     if not isinstance(architectures, list) or not any(name in module.ARCHITECTURES for name in architectures):
         named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else repr(architectures)
         text = f"{named} is not supported; of {model_type}, {', '.join(module.ARCHITECTURES)} is"
-        raise QuireError("model_invalid", text, "model")
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        text = (
-            f"the checkpoint is quantised by {method!r}; serve a plain one, with --quantization int8 or int4 if wanted"
-        )
         raise QuireError("model_invalid", text, "model")
     return module

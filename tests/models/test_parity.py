@@ -139,7 +139,7 @@ def change(folder: Any, **changes: Any) -> None:
     [
         ({"model_type": "mamba"}, ["'mamba'", "llama, mistral, qwen2, qwen3"]),
         ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequenceClassification", "LlamaForCausalLM"]),
-        ({"quantization_config": {"quant_method": "gptq"}}, ["'gptq'", "--quantization"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["'gptq'", "'fp8'", "'compressed-tensors'"]),
         ({"hidden_act": "gelu"}, ["hidden_act 'gelu'", "silu"]),
         ({"num_hidden_layers": 4}, ["lacks", "layers.3.attention"]),
         ({"num_hidden_layers": 2}, ["no place for", "model.layers.2."]),
