@@ -41,6 +41,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kv_dtype: Annotated[Literal["auto", "float32", "bfloat16", "fp8"], _option("storage of the KV cache", "model")] = (
         "auto"
     )
+    kv_scales: Annotated[
+        Literal["auto", "checkpoint", "calibrate", "one"],
+        _option("scales of an FP8 KV cache; auto: the checkpoint's, else calibrated at start", "model"),
+    ] = "auto"
     quantization: Annotated[Quantization, _option("quantise weights while loading", "model")] = "none"
     load_format: Annotated[Literal["auto", "dummy"], _option("dummy: random weights from config.json", "model")] = (
         "auto"
