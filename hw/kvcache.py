@@ -87,19 +87,27 @@ class KVLayout:
 class KVCachePool:
     """Allocates the cache of a layout. Zeroed: masked slots are multiplied by zero, so they must be finite.
 
+    scales: [layers, 2] float32 on the device, of K and V of each layer, for FP8 storage; None otherwise. The layers'
+    k_scale and v_scale are views of it. They are 1 until somebody sets them, before the first step.
+
     Raises:
         MemoryError: names the bytes that were asked for.
     """
 
     def __init__(self, layout: KVLayout, device: torch.device) -> None:
         self.layout = layout
+        self.scales: torch.Tensor | None = None
+        if layout.dtype.itemsize == 1:
+            num_layers = sum(len(group.layers) for group in layout.groups)
+            self.scales = torch.ones(num_layers, 2, dtype=torch.float32, device=device)
         caches: dict[int, LayerCache] = {}
         try:
             for index, group in enumerate(layout.groups):
                 shape = (group.num_blocks, group.kv.kv_heads, layout.block_size, group.kv.head_dim)
                 for layer in group.layers:
                     k, v = (_zeros(shape, layout.dtype, device) for _ in range(2))
-                    caches[layer] = LayerCache(k, v, index, layout.block_size)
+                    scales = (None, None) if self.scales is None else self.scales[layer].unbind()
+                    caches[layer] = LayerCache(k, v, index, layout.block_size, *scales)
         except (RuntimeError, torch.OutOfMemoryError, MemoryError) as error:
             text = f"the KV cache of {layout.total_bytes / 2**30:.2f} GiB does not fit"
             raise MemoryError(text + "; lower --num-kv-blocks or --kv-gib") from error

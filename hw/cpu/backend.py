@@ -28,7 +28,7 @@ class CpuBackend:
             name="cpu",
             device_name=f"CPU, {torch.get_num_threads()} threads",
             dtypes=("float32", "bfloat16"),
-            kv_dtypes=("float32", "bfloat16"),
+            kv_dtypes=("float32", "bfloat16", "fp8"),
             schemes=("none", "int8", "int4"),
             graphs=False,
             block_size=16,
@@ -51,8 +51,9 @@ class CpuBackend:
             return
         source, target = torch.tensor(pairs).unbind(1)
         for cache in pool.of_group(group):
-            cache.k[target] = cache.k[source]
-            cache.v[target] = cache.v[source]
+            for store in (cache.k, cache.v):
+                raw = store.view(torch.uint8) if store.dtype.itemsize == 1 else store
+                raw[target] = raw[source]
 
     def to_host(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         # A copy: the caller may overwrite the tensor before it asks.

@@ -80,8 +80,9 @@ class CpuOps:
         k, v = rotated[:, num_heads:], heads[:, num_heads + num_kv_heads :]
         if kept is not None:
             k, v = k[kept], v[kept]
-        for store, value in ((cache.k, k), (cache.v, v)):
-            store.view(-1, head_dim).index_copy_(0, index, value.reshape(-1, head_dim).to(store.dtype))
+        for store, value, scale in ((cache.k, k, cache.k_scale), (cache.v, v, cache.v_scale)):
+            raw, new = _raw(store), _stored(value.reshape(-1, head_dim), store.dtype, scale)
+            raw.view(-1, head_dim).index_copy_(0, index, new)
         return rotated[:, :num_heads]
 
     def attention(
@@ -134,7 +135,23 @@ def _gather(cache: LayerCache, index: torch.Tensor, dtype: torch.dtype) -> tuple
     num_blocks, num_kv_heads, block_size, head_dim = cache.k.shape
     shape = (index.shape[0], num_kv_heads, index.shape[2] * block_size, head_dim)
     k, v = (
-        store.view(num_blocks * num_kv_heads, block_size * head_dim).index_select(0, index.view(-1)).view(shape)
+        _raw(store).view(num_blocks * num_kv_heads, block_size * head_dim).index_select(0, index.view(-1)).view(shape)
         for store in (cache.k, cache.v)
     )
+    if cache.k_scale is None or cache.v_scale is None:
+        return k.to(dtype), v.to(dtype)
+    k, v = (raw.view(cache.k.dtype).float() * scale for raw, scale in ((k, cache.k_scale), (v, cache.v_scale)))
     return k.to(dtype), v.to(dtype)
+
+
+def _raw(store: torch.Tensor) -> torch.Tensor:
+    """FP8 as bytes: torch moves those on a CPU, and not FP8."""
+    return store.view(torch.uint8) if store.dtype.itemsize == 1 else store
+
+
+def _stored(x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
+    """x in the cache's type, FP8 as bytes; what the scale leaves beyond FP8's largest is clipped to it."""
+    if scale is None:
+        return x.to(dtype)
+    largest = torch.finfo(dtype).max
+    return (x.float() / scale).clamp_(-largest, largest).to(dtype).view(torch.uint8)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -55,16 +54,7 @@ class CudaBackend:
         return int(torch.cuda.mem_get_info(self.device)[0])
 
     def make_kv_cache(self, layout: KVLayout) -> KVCachePool:
-        """FP8 storage gets a scale per layer for K and for V, 1 until it is set (see LayerCache)."""
-        pool = KVCachePool(layout, self.device)
-        if layout.dtype.itemsize == 1:
-            log.warning("FP8 KV cache: scales are 1.0 (nothing is calibrated yet); values beyond 448 are clipped")
-            scales = torch.ones(len(pool.layers), 2, dtype=torch.float32, device=self.device)
-            pool.layers = [
-                replace(cache, k_scale=scale[0], v_scale=scale[1])
-                for cache, scale in zip(pool.layers, scales, strict=True)
-            ]
-        return pool
+        return KVCachePool(layout, self.device)
 
     def all_reduce(self, x: torch.Tensor | Product, comm: Comm) -> torch.Tensor:
         return comm.all_reduce(finish(x))

@@ -19,6 +19,7 @@ from hw.kvcache import KVLayout
 from hw.select import select
 from models.layers.decoder import Decoder
 from models.runtime.every_launch import every_launch, keep_kinds
+from models.runtime.kv_scales import set_kv_scales
 from models.runtime.loader import load_model, num_bytes
 from models.runtime.memory import plan_blocks
 from models.runtime.rendezvous import meet
@@ -105,6 +106,18 @@ def make_runner(
         begin_s = time.monotonic()
         compiling.wait()
         phases["compile"] = time.monotonic() - begin_s
+    begin_s = time.monotonic()
+    set_kv_scales(
+        pool,
+        loaded,
+        config.kv_scales,
+        Path(model.path),
+        dummy=config.load_format == "dummy",
+        vocab_size=model.vocab_size,
+        max_model_len=model.max_model_len,
+    )
+    if pool.scales is not None:
+        phases["kv_scales"] = time.monotonic() - begin_s
     begin_s = time.monotonic()
     graphs = backend.graphs(loaded.forward, limits.max_step_tokens, limits.max_num_seqs)
     runner = ModelRunner(loaded.forward, loaded.logits, backend, pool, limits, num_bytes(loaded), graphs)

@@ -5,16 +5,13 @@ Every tensor of the checkpoint must have a place, and every place a tensor: left
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from core.errors import QuireError
 from core.model_info import read_json
@@ -27,13 +24,14 @@ from models.layers.linear import Linear
 from models.layers.parts import Parts
 from models.runtime import registry
 from models.runtime.fp8_checkpoint import NOT_NEEDED, SCALES, WEIGHT, Fp8Checkpoint
+from models.runtime.kv_scales import KV_SCALE
+from models.runtime.weight_files import some, tensors
 
 log = logging.getLogger("quire.loader")
 
 LAYER_NUMBER = re.compile(r"(?<=^layers\.)\d+(?=\.)")  # in the names of our weights
 LAYER_INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")  # old files carry these; they follow from the config
-NAMED = 5  # tensors named in an error
 
 
 def load_model(
@@ -98,7 +96,7 @@ def _load(
 ) -> None:
     """`scales`: of FP8 weights, by the checkpoint's name of the module; `block` that shares one, see Scaled."""
     leftovers = []
-    for name, tensor in _tensors(folder):
+    for name, tensor in tensors(folder):
         pattern = LAYER_INDEX.sub("{i}", name, count=1)
         weight_name, slot = table.get(pattern, ("", ""))
         index = LAYER_INDEX.search(name)
@@ -112,19 +110,19 @@ def _load(
                 weight.load(slot, scaled.plain())
         elif weight is not None:
             weight.load(slot, _not_packed(name, tensor()))
-        elif not (IGNORED.search(name) or (tied and name == "lm_head.weight") or _read_elsewhere(name, scales)):
+        elif not (tied and name == "lm_head.weight") and not _not_wanted(name, scales):
             leftovers.append(name)
     if leftovers:
-        raise ValueError(f"{folder} has {len(leftovers)} tensors that the model has no place for: {_some(leftovers)}")
+        raise ValueError(f"{folder} has {len(leftovers)} tensors that the model has no place for: {some(leftovers)}")
     gaps = [f"{name} {slot}".strip() for name, weight in parts.weights.items() for slot in weight.missing()]
     if gaps:
-        raise ValueError(f"{folder} lacks {len(gaps)} weights of the model: {_some(gaps)}")
+        raise ValueError(f"{folder} lacks {len(gaps)} weights of the model: {some(gaps)}")
 
 
 def _scales(folder: Path) -> dict[str, torch.Tensor]:
     """Module -> scales of its FP8 weight. They are small, and may lie in another file than their weight."""
     found = {}
-    for name, tensor in _tensors(folder):
+    for name, tensor in tensors(folder):
         module, dot, last = name.rpartition(".")
         if dot + last in SCALES:
             found[module] = tensor()
@@ -169,48 +167,8 @@ def _not_packed(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _read_elsewhere(name: str, scales: dict[str, torch.Tensor]) -> bool:
-    """Whether a tensor is a scale that was read already, or is not needed."""
+def _not_wanted(name: str, scales: dict[str, torch.Tensor]) -> bool:
+    """Whether a tensor is read elsewhere, follows from the config, or is a scale that is not needed."""
     module, dot, last = name.rpartition(".")
-    return module in scales and (dot + last in SCALES or NOT_NEEDED.search(name) is not None)
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
-    """(name, function that reads the tensor) of every tensor in the folder's files."""
-    for path in _files(folder):
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    yield name, lambda name=name, file=file: file.get_tensor(name)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"cannot read {path}: {error}") from None
-        except Exception as error:
-            if type(error).__name__ != "SafetensorError":  # the library's own kind, for a malformed file
-                raise
-            raise ValueError(f"{path} is not a valid safetensors file: {error}") from None
-
-
-def _files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            raise ValueError(f"{index} is not a valid index of safetensors files") from None
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise ValueError(f"{index} names files outside of the folder: {_some(outside)}")
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(f"{folder} lacks the weight files {_some(missing)}")
-        return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} has no *.safetensors")
-    return files
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    of_weight = module in scales and (dot + last in SCALES or NOT_NEEDED.search(name))
+    return bool(of_weight or KV_SCALE.search(name) or IGNORED.search(name))

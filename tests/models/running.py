@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from hw.comm import Comm
 from hw.cpu.backend import CpuBackend
-from hw.kvcache import KVLayout
+from hw.kvcache import KVCachePool, KVLayout
 from hw.ops import GroupInputs, HostInputs, StepInputs
 from models.layers.decoder import Decoder
 from models.runtime.loader import load_model
@@ -29,14 +30,22 @@ def load(folder: Path, num_positions: int = 128, quantization: str = "none", com
 
 
 @torch.inference_mode()
-def logits_of(model: Decoder, sequences: list[list[int]], chunks: list[int]) -> list[torch.Tensor]:
+def logits_of(
+    model: Decoder,
+    sequences: list[list[int]],
+    chunks: list[int],
+    stored: torch.dtype = torch.float32,
+    set_scales: Callable[[KVCachePool], None] = lambda pool: None,
+) -> list[torch.Tensor]:
     """Logits [length, vocab] of each sequence; all sequences advance together by `chunks` tokens, step after step.
 
+    stored: type of the cache, whose scales `set_scales` sets.
     Blocks are handed out in an interleaved order, so that no sequence is contiguous.
     """
-    layout = KVLayout.build(model.kv_layers, BLOCK_SIZE, torch.float32)
+    layout = KVLayout.build(model.kv_layers, BLOCK_SIZE, stored)
     per_sequence = max(len(ids) for ids in sequences) // BLOCK_SIZE + 1
     pool = model.parts.backend.make_kv_cache(layout.with_blocks(per_sequence * len(sequences)))
+    set_scales(pool)
     tables = [[i * len(sequences) + s for i in range(per_sequence)] for s in range(len(sequences))]
     done = [0] * len(sequences)
     results: list[list[torch.Tensor]] = [[] for _ in sequences]
