@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from api.acceptor import MAX_PER_TURN, Acceptor
 
 KEEP_ALIVE_S = 75  # longer than the idle time of common proxies and clients, so that they end the connection, not we
 
@@ -17,9 +21,13 @@ class HttpServer(uvicorn.Server):
 
     Args:
         drain_s: at the end, seconds in which running answers may finish.
+        on_listening: called once, when clients can connect.
+        processes: how many accept from the same socket; each then takes a smaller share per turn.
     """
 
-    def __init__(self, app: ASGIApp, drain_s: float) -> None:
+    def __init__(
+        self, app: ASGIApp, drain_s: float, on_listening: Callable[[], None] = lambda: None, processes: int = 1
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -36,10 +44,32 @@ class HttpServer(uvicorn.Server):
                 timeout_graceful_shutdown=max(1, int(drain_s)),
             )
         )
+        self._on_listening = on_listening
+        self._max_per_turn = max(8, MAX_PER_TURN // processes)
+        self._acceptors: list[Acceptor] = []
 
     async def run_on(self, listening: socket.socket) -> None:
         """Serve until `should_exit` is set."""
         await self.serve(sockets=[listening])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """In place of uvicorn's, whose listener takes one connection per turn of the loop."""
+        self.servers = []  # uvicorn's own listeners, which its shutdown closes
+        for listening in sockets or []:
+            acceptor = Acceptor(listening, self._protocol, self._max_per_turn)
+            acceptor.start(self.config.backlog)
+            self._acceptors.append(acceptor)
+        self.started = True
+        self._on_listening()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept no more, then as uvicorn."""
+        for acceptor in self._acceptors:
+            acceptor.close()
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        return HttpToolsProtocol(self.config, self.server_state, {})
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

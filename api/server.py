@@ -69,8 +69,6 @@ async def serve(process: Process, listening: socket.socket | None) -> None:
         max_body_bytes=config.max_body_bytes,
         strict_fields=config.strict_fields,
     )
-    http = HttpServer(make_app(service), config.drain_timeout_s)
-
     stopped = asyncio.Event()
 
     def stop() -> None:
@@ -78,16 +76,21 @@ async def serve(process: Process, listening: socket.socket | None) -> None:
         http.should_exit = True
         stopped.set()
 
+    def ready() -> None:
+        freeze_heap()
+        process.ready(detail=" and ".join(["HTTP"] * (listening is not None) + ["ZeroMQ"] * (door is not None)))
+
+    http = HttpServer(make_app(service), config.drain_timeout_s, ready, config.api_workers)
     engine.start()
     door = None
     if process.index == 0:
         door = ZmqServer(context, client_address(process), service)
         door.start()
     beating = asyncio.create_task(figures.run())
-    process.ready(detail=" and ".join(["HTTP"] * (listening is not None) + ["ZeroMQ"] * (door is not None)))
-    freeze_heap()
     try:
-        if listening is not None:
+        if listening is None:
+            ready()
+        else:
             await http.run_on(listening)
         await stopped.wait()
         await _drained(engine, config.drain_timeout_s)

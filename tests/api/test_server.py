@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -35,8 +36,12 @@ class Supervisor:
         (folder / "model.json").write_bytes(msgspec.json.encode(MODEL))
         self.server: Server[Any] = Server(zmq.Context.instance(), f"ipc://{folder}/control", ToSupervisor)
         self.seen: list[Any] = []
-        listening = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        listening = socket.socket()  # bound, but the process itself listens: as under `quire serve`
+        listening.bind(("127.0.0.1", 0))
+        self.http = http
+        self.accepted_at_ready = False
+        self.endpoint: tuple[str, int] = listening.getsockname()
+        self.url = f"http://127.0.0.1:{self.endpoint[1]}"
         listening.set_inheritable(True)
         self.process = subprocess.Popen(
             [
@@ -56,6 +61,10 @@ class Supervisor:
         while not self.closing:
             frame = self.server.receive(0.02)
             for message in frame[1] if frame is not None else []:
+                if isinstance(message, Ready) and self.http:
+                    with contextlib.suppress(ConnectionRefusedError):
+                        socket.create_connection(self.endpoint).close()
+                        self.accepted_at_ready = True
                 self.seen.append(message)
                 if isinstance(message, StatsQuery):
                     self.server.send("api-0", [StatsReply(message.query_id, "ready", {})])
@@ -86,6 +95,7 @@ def test_the_process(folder: Path) -> None:
     supervisor = Supervisor(folder)
     try:
         assert supervisor.until(Ready).process == "api-0"
+        assert supervisor.accepted_at_ready
         body = {"model": "tiny-chat", "prompt": "abc"}
         assert httpx.post(supervisor.url + "/v1/completions", json=body).json()["choices"][0]["text"] == TEXT
         with Client(f"ipc://{folder}/client") as client:
