@@ -104,7 +104,7 @@ def test_idle_counts_only_while_there_was_work(clock: SimpleNamespace) -> None:
     first = SequenceOutput("r", 0, 0, [1])
     assert meter.observe(BatchResult("m@1", 1, [], 0, 1000.3, 0.2), [first], busy) == {"r": pytest.approx(1.1)}
     assert meter.idle_s == pytest.approx(0.1)
-    assert (meter.queue.total, meter.prefill.total) == (pytest.approx(1.1), pytest.approx(0.2))
+    assert [meter.queue.total, meter.prefill.total] == pytest.approx([1.1, 0.2])
     clock.now = 1000.8
     meter.observe(BatchResult("m@1", 2, [], 0, 1000.8, 0.2), [SequenceOutput("r", 0, 1, [1], [], "stop")], rest)
     assert meter.idle_s == pytest.approx(0.4)
