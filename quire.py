@@ -50,7 +50,7 @@ class QuireError(Exception):
 class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """What the output must be; exactly one field besides `source` is set.
 
-    `json`: a JSON Schema, as a dict or its JSON text. `json_object`: any JSON object. `regex`: the output matches whole.
+    `json`: a JSON Schema, as a dict or its JSON text. `json_object`: any JSON object. `regex`: the whole output.
     `choice`: one of these texts. `grammar`: a Lark grammar, or one in GBNF (`root ::= …`).
     `source`: the request's field that this came from, which errors then name.
     """
