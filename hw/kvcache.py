@@ -87,6 +87,8 @@ class KVLayout:
 class KVCachePool:
     """Allocates the cache of a layout. Zeroed: masked slots are multiplied by zero, so they must be finite.
 
+    values_by_dim: V is [num_blocks, kv_heads, head_dim, block_size], for kernels that want a block's tokens innermost.
+
     scales: [layers, 2] float32 on the device, of K and V of each layer, for FP8 storage; None otherwise. The layers'
     k_scale and v_scale are views of it. They are 1 until somebody sets them, before the first step.
 
@@ -94,7 +96,7 @@ class KVCachePool:
         MemoryError: names the bytes that were asked for.
     """
 
-    def __init__(self, layout: KVLayout, device: torch.device) -> None:
+    def __init__(self, layout: KVLayout, device: torch.device, *, values_by_dim: bool = False) -> None:
         self.layout = layout
         self.scales: torch.Tensor | None = None
         if layout.dtype.itemsize == 1:
@@ -103,9 +105,11 @@ class KVCachePool:
         caches: dict[int, LayerCache] = {}
         try:
             for index, group in enumerate(layout.groups):
-                shape = (group.num_blocks, group.kv.kv_heads, layout.block_size, group.kv.head_dim)
+                blocks, heads, size, dim = group.num_blocks, group.kv.kv_heads, layout.block_size, group.kv.head_dim
                 for layer in group.layers:
-                    k, v = (_zeros(shape, layout.dtype, device) for _ in range(2))
+                    k = _zeros((blocks, heads, size, dim), layout.dtype, device)
+                    v_shape = (blocks, heads, dim, size) if values_by_dim else (blocks, heads, size, dim)
+                    v = _zeros(v_shape, layout.dtype, device)
                     scales = (None, None) if self.scales is None else self.scales[layer].unbind()
                     caches[layer] = LayerCache(k, v, index, layout.block_size, *scales)
         except (RuntimeError, torch.OutOfMemoryError, MemoryError) as error:

@@ -75,7 +75,8 @@ class HostInputs:
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """One layer's share of the KVCachePool: k and v are [num_blocks, kv_heads, block_size, head_dim].
+    """One layer's share of the KVCachePool: k and v are [num_blocks, kv_heads, block_size, head_dim], or v is
+    [num_blocks, kv_heads, head_dim, block_size] where the backend's kernels want it so.
 
     k_scale, v_scale: float32 scalars for FP8 storage (stored = value / scale), None otherwise.
     """

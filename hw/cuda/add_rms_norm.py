@@ -14,7 +14,8 @@ from hw.cuda.target import FP8, FP8_MAX, launch_next, to_fp8, wait
 @triton.jit(do_not_specialize=["rows"])
 def add_rms_norm_kernel(
     values, row_scale, col_scale, bias, residual, weight, new_residual, out, out_scale, rows, width, eps,
-    SPLITS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, ADD: tl.constexpr, QUANT_MAX: tl.constexpr,
+    SPLITS: tl.constexpr, ROW_SCALED: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
+    ADD: tl.constexpr, QUANT_MAX: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -23,7 +24,9 @@ def add_rms_norm_kernel(
     gain = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)  # no kernel writes it: before the wait
     wait(PDL)
     launch_next(PDL)
-    x = load_product(values, row_scale, col_scale, bias, row, cols, mask, rows, width, SPLITS, SCALED, BIASED)
+    x = load_product(
+        values, row_scale, col_scale, bias, row, cols, mask, rows, width, SPLITS, ROW_SCALED, SCALED, BIASED
+    )
     if ADD:
         x += tl.load(residual + row * width + cols, mask=mask, other=0.0).to(tl.float32)
         kept = x.to(new_residual.dtype.element_ty)

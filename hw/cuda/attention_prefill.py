@@ -12,9 +12,18 @@ import torch
 import triton
 import triton.language as tl
 
-from hw.cuda.attention_decode import LOG2E, dot_dtype, product_operands
+from hw.cuda.attention_decode import dot_dtype, product_operands
+from hw.cuda.attention_split import LOG2E
 from hw.cuda.product import launch_options
 from hw.cuda.target import launch_next, wait
+
+
+@triton.jit
+def load_keys(pointers, mask, WHOLE: tl.constexpr):
+    """Keys or values; only unmasked loads are copied asynchronously."""
+    if WHOLE:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "window"])
@@ -26,6 +35,7 @@ def attention_prefill_kernel(
     SEQS: tl.constexpr, WINDOW: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = TILE_M // TILE_G
+    SAME: tl.constexpr = min(BLOCK_SIZE, TILE)  # keys of a tile that follow each other in one block
     # Longest work first would be better still; reversed at least puts the late, long tiles of a chunk ahead.
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -66,14 +76,18 @@ def attention_prefill_kernel(
         acc = tl.zeros((TILE_M, BLOCK_D), tl.float32)
         for first in range(begin, end, TILE):
             key = first + keys
-            block = tl.load(block_tables + row * table_width + key // BLOCK_SIZE, mask=key < end, other=0).to(tl.int64)
-            place = ((block * KV_HEADS + kv_head) * BLOCK_SIZE + key % BLOCK_SIZE) * HEAD_DIM
-            if BLOCK_D == HEAD_DIM:
-                k = tl.load(k_cache + place[:, None] + d[None, :])
-                v = tl.load(v_cache + place[:, None] + d[None, :])
+            block = tl.load(block_tables + row * table_width + key // BLOCK_SIZE, mask=key < end, other=0)
+            block = tl.max_constancy(block, SAME).to(tl.int64)
+            origin = (block * KV_HEADS + kv_head) * (BLOCK_SIZE * HEAD_DIM)
+            within = key % BLOCK_SIZE
+            place = (origin + within * HEAD_DIM)[:, None] + d[None, :]
+            k = load_keys(k_cache + place, in_dim[None, :], BLOCK_D == HEAD_DIM)
+            if SCALED:  # FP8 values lie with the tokens of a block innermost
+                v = load_keys(v_cache + (origin + within)[None, :] + d[:, None] * BLOCK_SIZE, in_dim[:, None],
+                              BLOCK_D == HEAD_DIM)  # fmt: skip
+                values = tl.trans(product_operands(v, DOT))
             else:
-                k = tl.load(k_cache + place[:, None] + d[None, :], mask=in_dim[None, :], other=0.0)
-                v = tl.load(v_cache + place[:, None] + d[None, :], mask=in_dim[None, :], other=0.0)
+                values = product_operands(load_keys(v_cache + place, in_dim[None, :], BLOCK_D == HEAD_DIM), DOT)
             scores = tl.dot(queries, tl.trans(product_operands(k, DOT)), input_precision="ieee") * factor
             visible = key[None, :] <= position[:, None]
             if WINDOW:
@@ -83,8 +97,7 @@ def attention_prefill_kernel(
             shrink = tl.exp2(top - new_top)
             p = tl.exp2(scores - new_top[:, None])
             total = total * shrink + tl.sum(p, 1)
-            acc = tl.dot(product_operands(p, DOT), product_operands(v, DOT), acc * shrink[:, None],
-                         input_precision="ieee")  # fmt: skip
+            acc = tl.dot(product_operands(p, DOT), values, acc * shrink[:, None], input_precision="ieee")
             top = new_top
         if SCALED:
             acc = acc * tl.load(v_scale)
@@ -115,7 +128,7 @@ def attention_prefill(
     tokens, heads, head_dim = q.shape
     kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
     seqs = rows.shape[0]
-    if heads % kv_heads or k_cache.shape != v_cache.shape or k_cache.shape[3] != head_dim:
+    if heads % kv_heads or k_cache.numel() != v_cache.numel() or k_cache.shape[3] != head_dim:
         raise ValueError(f"{heads} heads of {head_dim} do not fit a cache of {tuple(k_cache.shape)}")
     if out.shape != q.shape or not (out.is_contiguous() and q.is_contiguous()):
         raise ValueError("q and out must be equal in shape and contiguous")

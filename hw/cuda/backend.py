@@ -54,7 +54,7 @@ class CudaBackend:
         return int(torch.cuda.mem_get_info(self.device)[0])
 
     def make_kv_cache(self, layout: KVLayout) -> KVCachePool:
-        return KVCachePool(layout, self.device)
+        return KVCachePool(layout, self.device, values_by_dim=layout.dtype.itemsize == 1)
 
     def all_reduce(self, x: torch.Tensor | Product, comm: Comm) -> torch.Tensor:
         return comm.all_reduce(finish(x))

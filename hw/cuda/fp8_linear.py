@@ -13,22 +13,31 @@ import torch
 import triton
 import triton.language as tl
 
-from hw.cuda.product import Fp8, Product, launch_options
+from hw.cuda.product import SCALE_GROUP, SMALL_STEP, Fp8, Product, launch_options
 from hw.cuda.target import INTERPRET, launch_next, wait
 
-MAX_OWN_TOKENS = 32  # above, cuBLASLt wins
-TILE_K = 256
+TILE_K = SCALE_GROUP
 MAX_OWN_OUTPUTS = 10240  # wider products have tiles enough without a split, and cuBLASLt is at the limit
 TILE_N = 64
 
 
+@triton.jit
+def dot(w, a, acc):
+    """acc + w @ a on FP8 operands."""
+    if INTERPRET:
+        return tl.dot(w.to(tl.float32), a.to(tl.float32), acc)
+    return tl.dot(w, a, acc)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def fp8_linear_kernel(
-    x, weight, parts, tokens, num_out, num_in, split_in,
-    TILE_N: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, PDL: tl.constexpr,
+    x, x_scale, weight, parts, tokens, num_out, num_in, split_in,
+    TILE_N: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, GROUPED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1)
-    n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    # Rows past the last read the last one and are not stored: unmasked loads are copied asynchronously.
+    out = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    n = tl.minimum(out, num_out - 1)
     m = tl.arange(0, TILE_M)
     k = split * split_in + tl.arange(0, TILE_K)
     acc = tl.zeros((TILE_N, TILE_M), tl.float32)
@@ -36,25 +45,34 @@ def fp8_linear_kernel(
     inputs = x + m[None, :] * num_in + k[:, None]
     wait(PDL)
     launch_next(PDL)
+    if GROUPED:
+        scales = x_scale + split * split_in // TILE_K * tokens + m
+        scale = tl.load(scales, mask=m < tokens, other=0.0)
     for at in range(0, split_in, TILE_K):
         w = tl.load(weights + at)
         a = tl.load(inputs + at, mask=(m < tokens)[None, :], other=0.0)
-        if INTERPRET:  # noqa: SIM108 (a compile-time branch)
-            acc = tl.dot(w.to(tl.float32), a.to(tl.float32), acc)
+        if GROUPED:
+            following = tl.load(
+                scales + (at // TILE_K + 1) * tokens, mask=(m < tokens) & (at + TILE_K < split_in), other=0.0
+            )
+            acc += dot(w, a, tl.zeros((TILE_N, TILE_M), tl.float32)) * scale[None, :]
+            scale = following
         else:
-            acc = tl.dot(w, a, acc)
-    where = (split * tokens + m)[:, None] * num_out + n[None, :]
-    tl.store(parts + where, tl.trans(acc).to(parts.dtype.element_ty), mask=(m < tokens)[:, None])
+            acc = dot(w, a, acc)
+    where = (split * tokens + m)[:, None] * num_out + out[None, :]
+    tl.store(
+        parts + where, tl.trans(acc).to(parts.dtype.element_ty), mask=(m < tokens)[:, None] & (out < num_out)[None, :]
+    )
 
 
 def splits_for(num_out: int, num_in: int) -> int | None:
-    """Parts along K that give at least 192 programs, or None when the shape cannot be cut into whole tiles."""
-    if num_out % TILE_N or num_out > MAX_OWN_OUTPUTS:
+    """Parts along K, enough for 192 programs where whole tiles allow it; None when K is not made of whole tiles."""
+    if num_in % TILE_K:
         return None
     splits = 1
-    while num_out // TILE_N * splits < 192 and splits < 8:
+    while triton.cdiv(num_out, TILE_N) * splits < 192 and splits < 8 and num_in % (2 * splits * TILE_K) == 0:
         splits *= 2
-    return splits if num_in % (splits * TILE_K) == 0 else None
+    return splits
 
 
 def fp8_linear(
@@ -69,22 +87,28 @@ def fp8_linear(
 ) -> Product:
     """x [tokens, k] with its scales; weight [n, k] e4m3, scale [n] float32 -> Product [tokens, n] of `dtype`.
 
-    unit: float32 scalar 1 on the device, the scale of the per-tensor product.
+    Scales of x per group are applied here, those per token by the consumer. unit: float32 scalar 1 on the device, the
+    scale of the per-tensor product.
     """
     tokens, num_in = x.values.shape
     num_out = weight.shape[0]
     if weight.shape != (num_out, num_in) or scale.shape != (num_out,) or not weight.is_contiguous():
         raise ValueError(f"weight {tuple(weight.shape)} with scale {tuple(scale.shape)} does not fit {num_in} inputs")
-    splits = splits_for(num_out, num_in) if tokens <= MAX_OWN_TOKENS else None
-    if splits is not None:
-        parts = torch.empty((splits, tokens, num_out), dtype=torch.float32, device=weight.device)
-        fp8_linear_kernel[(num_out // TILE_N, splits)](
-            x.values, weight, parts, tokens, num_out, num_in, num_in // splits, TILE_N=TILE_N,
-            TILE_M=max(16, triton.next_power_of_2(tokens)), TILE_K=TILE_K, PDL=pdl, num_warps=4, num_stages=4,
-            **launch_options(pdl),
-        )  # fmt: skip
-    else:
+    grouped = x.scale.dim() == 2
+    splits = None
+    if grouped or (tokens <= SMALL_STEP and num_out <= MAX_OWN_OUTPUTS):
+        splits = splits_for(num_out, num_in)
+    if splits is None:
+        if grouped:
+            raise ValueError(f"{num_in} inputs in groups of {SCALE_GROUP}: there must be whole groups")
         parts = torch._scaled_mm(
             x.values, weight.t(), scale_a=unit, scale_b=unit, out_dtype=dtype, use_fast_accum=True
         ).unsqueeze(0)
-    return Product(parts, dtype, x.scale, scale, bias)
+        return Product(parts, dtype, x.scale, scale, bias)
+    parts = torch.empty((splits, tokens, num_out), dtype=torch.float32, device=weight.device)
+    fp8_linear_kernel[(triton.cdiv(num_out, TILE_N), splits)](
+        x.values, x.scale, weight, parts, tokens, num_out, num_in, num_in // splits, TILE_N=TILE_N,
+        TILE_M=max(16, triton.next_power_of_2(tokens)), TILE_K=TILE_K, GROUPED=grouped, PDL=pdl, num_warps=4,
+        num_stages=4, **launch_options(pdl),
+    )  # fmt: skip
+    return Product(parts, dtype, None if grouped else x.scale, scale, bias)

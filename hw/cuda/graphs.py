@@ -86,10 +86,11 @@ class StepGraphs:
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
+        most_decodes = self.pad(min(self._max_seqs, self.sizes[-1]))
         # The largest first: the smaller ones then fit into the memory that it left in the pool.
         for size in reversed(self.sizes):
             for mixed in (True, False):
-                if (size == 1 and mixed) or (size > self._max_seqs and not mixed):
+                if (size == 1 and mixed) or (size > most_decodes and not mixed):
                     continue
                 inputs = self._inputs(size, mixed, groups)
                 with torch.cuda.stream(stream):

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from hw.cpu import sample as reference
 from hw.cuda.add_rms_norm import add_rms_norm, rms_norm
-from hw.cuda.attention_decode import attention_decode, attention_finish
+from hw.cuda.attention_decode import attention_decode
+from hw.cuda.attention_finish import attention_finish
 from hw.cuda.attention_prefill import attention_prefill
 from hw.cuda.embed import embed
 from hw.cuda.fp8_linear import fp8_linear
@@ -31,7 +32,6 @@ class CudaOps:
 
     def __init__(self, device: torch.device, pdl: bool) -> None:
         self._pdl = pdl
-        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._unit = torch.ones((), dtype=torch.float32, device=device)
 
     def embed(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -82,15 +82,12 @@ class CudaOps:
         if inputs.max_query == 1:
             parts = attention_decode(*shared, **scales, pdl=self._pdl)
             return attention_finish(parts, inputs.query_start, inputs.seq_lens, q, fp8=fp8, pdl=self._pdl)
-        # Decodes stream the cache and chunks compute: side by side they take little longer than one of them.
+        # Decodes stream the cache and chunks compute: side by side they take little longer than one of them. With
+        # dependent launches the decodes start as soon as all programs of the chunks run.
         attended = torch.empty_like(q)
-        main = torch.cuda.current_stream()
-        self._side.wait_stream(main)
-        with torch.cuda.stream(self._side):
-            attention_prefill(*shared, out=attended, **scales)
-        parts = attention_decode(*shared, **scales)
-        main.wait_stream(self._side)
-        return attention_finish(parts, inputs.query_start, inputs.seq_lens, attended, fp8=fp8)
+        attention_prefill(*shared, out=attended, **scales, pdl=self._pdl)
+        parts = attention_decode(*shared, **scales, late=self._pdl, pdl=self._pdl)
+        return attention_finish(parts, inputs.query_start, inputs.seq_lens, attended, fp8=fp8, pdl=self._pdl)
 
     def silu_mul(self, gate_up: Activation, out: ActFormat) -> Activation:
         return silu_mul(gate_up, fp8=out is ActFormat.FP8_TOKEN, pdl=self._pdl)

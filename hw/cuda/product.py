@@ -15,10 +15,14 @@ import triton.language as tl
 
 from hw.cuda.target import launch_next, wait
 
+SMALL_STEP = 32  # tokens up to which fp8_linear has an own kernel, and its producers need not see a whole row
+SCALE_GROUP = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Fp8:
-    """values [tokens, n] e4m3, scale [tokens] float32: values * scale[:, None] is meant."""
+    """values [tokens, n] e4m3 and their float32 scales: [tokens], or in small steps [n / SCALE_GROUP, tokens], one for
+    every SCALE_GROUP values, so that several programs can make one token. values * scale is meant."""
 
     values: torch.Tensor
     scale: torch.Tensor
@@ -28,7 +32,7 @@ class Fp8:
 class Product:
     """sum(values, 0) * row_scale[:, None] * col_scale + bias is meant.
 
-    values [splits, tokens, n] in the model's dtype or float32; row_scale [tokens], col_scale [n] float32, both or none.
+    values [splits, tokens, n] in the model's dtype or float32; row_scale [tokens], col_scale [n] float32 or None.
     """
 
     values: torch.Tensor
@@ -61,22 +65,32 @@ class Product:
         """The compile-time arguments of `load_product`."""
         return {
             "SPLITS": self.values.shape[0],
-            "SCALED": self.row_scale is not None,
+            "ROW_SCALED": self.row_scale is not None,
+            "SCALED": self.col_scale is not None,
             "BIASED": self.bias is not None,
         }
 
 
 @triton.jit
-def load_product(
-    values, row_scale, col_scale, bias, row, cols, mask, rows, width,
-    SPLITS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
-):  # fmt: skip
-    """Finished elements `cols` of one `row` in float32; `row` and `cols` broadcast, masked ones are 0."""
+def sum_parts(values, row, cols, mask, rows, width, SPLITS: tl.constexpr):
+    """The sum of the parts of elements `cols` of one `row` in float32, unscaled; masked ones are 0."""
     x = tl.load(values + row * width + cols, mask=mask, other=0.0).to(tl.float32)
     for s in tl.static_range(1, SPLITS):
         x += tl.load(values + (s * rows + row) * width + cols, mask=mask, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def load_product(
+    values, row_scale, col_scale, bias, row, cols, mask, rows, width,
+    SPLITS: tl.constexpr, ROW_SCALED: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    """Finished elements `cols` of one `row` in float32; `row` and `cols` broadcast, masked ones are 0."""
+    x = sum_parts(values, row, cols, mask, rows, width, SPLITS)
+    if ROW_SCALED:
+        x = x * tl.load(row_scale + row)
     if SCALED:
-        x = x * tl.load(row_scale + row) * tl.load(col_scale + cols, mask=mask, other=0.0)
+        x = x * tl.load(col_scale + cols, mask=mask, other=0.0)
     if BIASED:
         x += tl.load(bias + cols, mask=mask, other=0.0).to(tl.float32)
     return x
@@ -85,14 +99,17 @@ def load_product(
 @triton.jit(do_not_specialize=["rows"])
 def finish_kernel(
     values, row_scale, col_scale, bias, out, rows, width,
-    SPLITS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, ROW_SCALED: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < width
     wait(PDL)
     launch_next(PDL)
-    x = load_product(values, row_scale, col_scale, bias, row, cols, mask, rows, width, SPLITS, SCALED, BIASED)
+    x = load_product(
+        values, row_scale, col_scale, bias, row, cols, mask, rows, width, SPLITS, ROW_SCALED, SCALED, BIASED
+    )
     tl.store(out + row * width + cols, x.to(out.dtype.element_ty), mask=mask)
 
 

@@ -30,7 +30,8 @@ def _stored(x, scale, STORE_MAX: tl.constexpr, DTYPE: tl.constexpr):
 def rope_cache_kernel(
     values, row_scale, col_scale, bias, rope, positions, slots, q_norm, k_norm, q, k_cache, v_cache, k_scale, v_scale,
     rows, eps,
-    SPLITS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    SPLITS: tl.constexpr, ROW_SCALED: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, NORM: tl.constexpr,
     STORE_MAX: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -51,10 +52,12 @@ def rope_cache_kernel(
     launch_next(PDL)
     mine = head[:, None] * HEAD_DIM + cols[None, :]
     x = load_product(
-        values, row_scale, col_scale, bias, row, mine, mask, rows, width, SPLITS, SCALED, BIASED)  # fmt: skip
+        values, row_scale, col_scale, bias, row, mine, mask, rows, width, SPLITS, ROW_SCALED, SCALED, BIASED
+    )  # fmt: skip
     theirs = head[:, None] * HEAD_DIM + other[None, :]
     y = load_product(
-        values, row_scale, col_scale, bias, row, theirs, mask, rows, width, SPLITS, SCALED, BIASED)  # fmt: skip
+        values, row_scale, col_scale, bias, row, theirs, mask, rows, width, SPLITS, ROW_SCALED, SCALED, BIASED
+    )  # fmt: skip
     is_q = (head < HEADS)[:, None]
     rotated, partner = x, y
     if NORM:
@@ -71,7 +74,11 @@ def rope_cache_kernel(
         is_k = (head >= HEADS)[:, None] & (head < HEADS + KV_HEADS)[:, None]
         k = _stored(rotated, k_scale, STORE_MAX, k_cache.dtype.element_ty)
         tl.store(k_cache + place, k, mask=mask & is_k)
-        place -= KV_HEADS * BLOCK_SIZE * HEAD_DIM
+        if STORE_MAX > 0:  # FP8 values lie with the tokens of a block innermost
+            first += slot % BLOCK_SIZE * (1 - HEAD_DIM)
+            place = first + (kv[:, None] - KV_HEADS) * (BLOCK_SIZE * HEAD_DIM) + cols[None, :] * BLOCK_SIZE
+        else:
+            place -= KV_HEADS * BLOCK_SIZE * HEAD_DIM
         v = _stored(x, v_scale, STORE_MAX, v_cache.dtype.element_ty)
         tl.store(v_cache + place, v, mask=mask & (head >= HEADS + KV_HEADS)[:, None])
 
@@ -97,14 +104,15 @@ def rope_cache(
     """qkv [tokens, (hq + 2 hkv) * d] -> q [tokens, hq, d] rotated; writes rotated K, and V, to the cache.
 
     rope [max_positions, 2, rotary_dim / 2] float32; positions, slots [tokens] int32 (a negative slot writes nothing);
-    caches [num_blocks, hkv, block_size, d], FP8 with scales (stored = value / scale) or plain without.
+    caches [num_blocks, hkv, block_size, d], plain, or FP8 with scales (stored = value / scale) and then with v_cache
+    [num_blocks, hkv, d, block_size].
     """
     product = Product.of(qkv)
     rows, width = product.shape
     block_size = k_cache.shape[2]
     if width != (num_heads + 2 * num_kv_heads) * head_dim:
         raise ValueError(f"qkv has {width} columns, not {num_heads} + 2 * {num_kv_heads} heads of {head_dim}")
-    if k_cache.shape != v_cache.shape or k_cache.shape[1] != num_kv_heads or k_cache.shape[3] != head_dim:
+    if k_cache.numel() != v_cache.numel() or k_cache.shape[1] != num_kv_heads or k_cache.shape[3] != head_dim:
         raise ValueError(f"cache {tuple(k_cache.shape)} does not fit {num_kv_heads} heads of {head_dim}")
     if positions.shape != (rows,) or slots.shape != (rows,) or not rope.is_contiguous() or rope.dtype != torch.float32:
         raise ValueError("positions and slots must have one entry per token, rope must be contiguous float32")

@@ -16,7 +16,8 @@ import torch
 
 from hw.comm import Comm
 from hw.cuda.add_rms_norm import add_rms_norm
-from hw.cuda.attention_decode import attention_decode, attention_finish
+from hw.cuda.attention_decode import attention_decode
+from hw.cuda.attention_finish import attention_finish
 from hw.cuda.attention_prefill import attention_prefill
 from hw.cuda.backend import make
 from hw.cuda.fp8_linear import fp8_linear

@@ -55,7 +55,8 @@ def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: An
 JITFunction.run = compile_instead
 
 from hw.cuda.add_rms_norm import add_rms_norm  # noqa: E402
-from hw.cuda.attention_decode import attention_decode, attention_finish  # noqa: E402
+from hw.cuda.attention_decode import attention_decode  # noqa: E402
+from hw.cuda.attention_finish import attention_finish  # noqa: E402
 from hw.cuda.attention_prefill import attention_prefill  # noqa: E402
 from hw.cuda.embed import embed  # noqa: E402
 from hw.cuda.fp8_linear import fp8_linear  # noqa: E402
@@ -85,26 +86,31 @@ def compile_all() -> None:
     finish(product(16, 4096, 2), pdl=PDL)
     embed(empty(I32, 16), empty(BF16, 1024, 4096))
     for width in (14336, 28672):
-        silu_mul(product(16, 2 * width, 1), fp8=True, pdl=PDL)
+        for tokens in (16, 64, 1024):
+            silu_mul(product(tokens, 2 * width, 1), fp8=True, pdl=PDL)
         silu_mul(empty(BF16, 16, 2 * width), fp8=False, pdl=PDL)
     sample(empty(F32, 16, 128256), empty(F32, 16), empty(I32, 16), empty(I32, 16))
     for tokens in (1, 32):
         for num_out in (4096, 28672):
             x = Fp8(empty(FP8, tokens, 4096), empty(F32, tokens))
             fp8_linear(x, empty(FP8, num_out, 4096), empty(F32, num_out), None, BF16, empty(F32), pdl=PDL)
+        x = Fp8(empty(FP8, tokens, 14336), empty(F32, 56, tokens))
+        fp8_linear(x, empty(FP8, 4096, 14336), empty(F32, 4096), None, BF16, empty(F32), pdl=PDL)
     for store in (BF16, FP8):
         for dim in (64, 96, 128, 256):
             heads, kv_heads, tokens, seqs = 32, 8, 128, 64
             cache = empty(store, 100, kv_heads, 16, dim)
             scale = empty(F32) if store is FP8 else None
+            v_cache = empty(store, 100, kv_heads, dim, 16) if store is FP8 else cache
             rope_cache(
                 product(tokens, (heads + 2 * kv_heads) * dim, 2), heads, kv_heads, dim, empty(F32, 4096, 2, dim // 2),
-                empty(I32, tokens), empty(I32, tokens), cache, cache, k_scale=scale, v_scale=scale, pdl=PDL,
+                empty(I32, tokens), empty(I32, tokens), cache, v_cache, k_scale=scale, v_scale=scale, pdl=PDL,
             )  # fmt: skip
             q = empty(BF16, tokens, heads, dim)
-            shared = (q, cache, cache, empty(I32, 64, 256), empty(I32, seqs), empty(I32, seqs + 1), empty(I32, seqs),
+            shared = (q, cache, v_cache, empty(I32, 64, 256), empty(I32, seqs), empty(I32, seqs + 1), empty(I32, seqs),
                       0.1, None)  # fmt: skip
             attention_prefill(*shared, out=q, k_scale=scale, v_scale=scale)
+            attention_decode(*shared, k_scale=scale, v_scale=scale, late=True, pdl=PDL)
             parts = attention_decode(*shared, k_scale=scale, v_scale=scale, pdl=PDL)
             attention_finish(parts, empty(I32, seqs + 1), empty(I32, seqs), q, fp8=store is FP8, pdl=PDL)
 

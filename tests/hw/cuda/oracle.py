@@ -53,7 +53,9 @@ def attention(
 
 
 def dequantised(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """FP8 values [tokens, n] with a scale per token, in float32."""
+    """FP8 values [tokens, n] with a scale per token, or [groups, tokens] scales, in float32."""
+    if scale.dim() == 2:
+        return values.float() * scale.T.repeat_interleave(values.shape[1] // scale.shape[0], 1)
     return values.float() * scale[:, None]
 
 

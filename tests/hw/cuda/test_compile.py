@@ -27,17 +27,27 @@ def compiled(target: str, cache: Path) -> list[dict[str, Any]]:
 @pytest.mark.timeout(300)
 def test_hopper(tmp_path: Path) -> None:
     for fact in compiled("cuda", tmp_path):
-        assert fact["spills"] == 0, fact
-        if fact["name"] == "fp8_linear_kernel":
+        assert fact["spills"] == fact["stack"] == 0, fact
+        if fact["name"] in ("fp8_linear_kernel", "attention_decode_fp8_kernel"):
             assert fact["fp8_wgmma"] > 0, fact
         if fact["name"] == "attention_prefill_kernel":
             assert fact["wgmma"] > 0, fact
-        if fact["name"] in ("fp8_linear_kernel", "attention_prefill_kernel", "attention_decode_kernel"):
+        if fact["name"] in (
+            "fp8_linear_kernel",
+            "attention_prefill_kernel",
+            "attention_decode_kernel",
+            "attention_decode_fp8_kernel",
+        ):
             assert fact["async_copies"] > 0, fact
 
 
 @pytest.mark.timeout(300)
 def test_mi300(tmp_path: Path) -> None:
     for fact in compiled("hip", tmp_path):
-        if fact["name"] in ("fp8_linear_kernel", "attention_prefill_kernel", "attention_decode_kernel"):
+        if fact["name"] in (
+            "fp8_linear_kernel",
+            "attention_prefill_kernel",
+            "attention_decode_kernel",
+            "attention_decode_fp8_kernel",
+        ):
             assert fact["matrix"] > 0, fact

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hw.cuda.add_rms_norm import add_rms_norm, rms_norm
-from hw.cuda.attention_decode import attention_decode, attention_finish
+from hw.cuda.attention_decode import attention_decode
+from hw.cuda.attention_finish import attention_finish
 from hw.cuda.attention_prefill import attention_prefill
 from hw.cuda.embed import embed
 from hw.cuda.fp8_linear import fp8_linear
@@ -110,6 +111,8 @@ def test_rope_cache(
     positions = torch.tensor([0, 7, 49, 3, 0], dtype=torch.int32, device=device)
     slots = torch.tensor([5, 63, 16, 31, -1], dtype=torch.int32, device=device)
     caches = [torch.zeros(blocks, kv_heads, size, dim, device=device).to(store) for _ in range(2)]
+    if store == F8:
+        caches[1] = caches[1].view(blocks, kv_heads, dim, size)
     weights = [(torch.rand(dim, device=device) + 0.5).to(BF16) if norm else None for _ in range(2)]
     scales = [torch.tensor(s, device=device) if store == F8 else None for s in (0.02, 0.03)]
     q = rope_cache(
@@ -128,6 +131,8 @@ def test_rope_cache(
         parts[i] = torch.cat((first * cos - second * sin, second * cos + first * sin, x[..., rotary:]), -1)
     assert oracle.relative_error(q, parts[0]) < BF16_ERROR
     for cache, expected, scale in zip(caches, parts[1:], scales, strict=True):
+        if cache.shape[2:] != (size, dim):
+            cache = cache.mT
         flat = cache.float().permute(0, 2, 1, 3).reshape(-1, kv_heads, dim)
         if scale is not None:
             flat = flat * scale
@@ -163,6 +168,8 @@ def check_attention(
         q, caches[0], caches[1], tables, rows, starts, lens, dim**-0.5, window, k_scale, v_scale)[:tokens]  # fmt: skip
     out = torch.zeros_like(q)
     out[:tokens] = math.nan
+    if store == F8:
+        caches[1] = caches[1].mT.contiguous()
     shared: tuple[Any, ...] = (q, *caches, tables, *padded, dim**-0.5, window)
     attention_prefill(*shared, out=out, k_scale=scales[0], v_scale=scales[1])
     parts = attention_decode(*shared, k_scale=scales[0], v_scale=scales[1])
@@ -183,24 +190,56 @@ def test_attention_groups(device: torch.device, group: int) -> None:
     check_attention(device, [33, 20], [1, 9], 2 * group, 2, 64, F8, fp8=True)
 
 
+def test_attention_quantised_per_token(device: torch.device) -> None:
+    check_attention(device, [33, 60], [1, 40], 8, 2, 64, BF16, fp8=True)
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+def test_attention_of_an_fp8_cache(device: torch.device, dim: int) -> None:
+    check_attention(device, [1, 16, 37, 200, 5], [1, 1, 1, 1, 5], 8, 2, dim, F8)
+
+
+@pytest.mark.parametrize("store", [BF16, F8])
 @pytest.mark.parametrize("window", [1, 17, 64])
-def test_attention_window(device: torch.device, window: int) -> None:
-    check_attention(device, [1, 150, 90], [1, 1, 50], 4, 4, 64, BF16, window=window)
+def test_attention_window(device: torch.device, window: int, store: torch.dtype) -> None:
+    check_attention(device, [1, 150, 90, 127], [1, 1, 50, 1], 4, 4, 64, store, window=window)
 
 
 def test_attention_in_float32_and_large_blocks(device: torch.device) -> None:
     check_attention(device, [130, 64, 65], [1, 1, 30], 4, 2, 64, F32, size=64)
+    check_attention(device, [130, 64, 65], [1, 1, 30], 4, 2, 64, F8, size=64)
 
 
-@pytest.mark.parametrize(("tokens", "num_out", "num_in"), [(1, 128, 2048), (5, 64, 2048), (17, 64, 2048)])
-def test_fp8_linear(device: torch.device, tokens: int, num_out: int, num_in: int) -> None:
-    x = Fp8(torch.randn(tokens, num_in, device=device).to(F8), torch.rand(tokens, device=device) + 0.5)
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(("tokens", "num_out", "num_in"), [(1, 128, 2048), (5, 80, 1536), (17, 64, 2048)])
+def test_fp8_linear(device: torch.device, tokens: int, num_out: int, num_in: int, grouped: bool) -> None:
+    shape = (num_in // 256, tokens) if grouped else (tokens,)
+    x = Fp8(torch.randn(tokens, num_in, device=device).to(F8), torch.rand(shape, device=device) + 0.5)
     weight, scale = torch.randn(num_out, num_in, device=device).to(F8), torch.rand(num_out, device=device) + 0.5
     bias = torch.randn(num_out, device=device).to(BF16)
     result = fp8_linear(x, weight, scale, bias, BF16, torch.ones((), device=device))
     assert result.values.shape[0] > 1
     expected = oracle.dequantised(x.values, x.scale) @ oracle.dequantised(weight, scale).T + bias.float()
     assert oracle.relative_error(finish(result), expected) < BF16_ERROR
+
+
+@pytest.mark.parametrize(("tokens", "width", "shape"), [(3, 1536, (6, 3)), (40, 512, (40,)), (3, 300, (3,))])
+def test_small_steps_have_a_scale_per_group(
+    device: torch.device, tokens: int, width: int, shape: tuple[int, ...]
+) -> None:
+    x, meant = make_product(device, tokens, 2 * width, 1, bias=False)
+    result = silu_mul(x, fp8=True)
+    assert isinstance(result, Fp8)
+    assert result.scale.shape == shape
+    expected = torch.nn.functional.silu(meant[:, :width]) * meant[:, width:]
+    assert oracle.relative_error(plain(result), expected) < FP8_ERROR
+
+
+def test_silu_mul_of_many_rows(device: torch.device) -> None:
+    """Several rows to a program, the last of which has fewer."""
+    x, meant = make_product(device, 531, 128, 1, bias=False)
+    expected = torch.nn.functional.silu(meant[:, :64]) * meant[:, 64:]
+    assert oracle.relative_error(plain(silu_mul(x, fp8=True)), expected) < FP8_ERROR
 
 
 def test_sample(device: torch.device) -> None:
