@@ -86,7 +86,7 @@ def products(pdl: bool) -> Iterator[Line]:
     for name, n, k in shapes:
         copies = max(2, -(-L2_BYTES // (n * k)))
         weights, col = [fp8(n, k) for _ in range(copies)], scales(n)
-        for m in (1, 16, 32, 64, 192, 512, 2048):
+        for m in (1, 16, 32, 64, 192, 384, 768, 2048):
             x = Fp8(fp8(m, k), scales(m))
 
             def call(i: int, x: Fp8 = x, weights: list[torch.Tensor] = weights, col: torch.Tensor = col) -> Any:
@@ -98,9 +98,9 @@ def products(pdl: bool) -> Iterator[Line]:
 def fused(pdl: bool) -> Iterator[Line]:
     weight, rope = randn(HIDDEN), torch.rand(8192, 2, DIM // 2, device="cuda")
     width = (HEADS + 2 * KV_HEADS) * DIM
-    caches = [fp8(256, KV_HEADS, 16, DIM) for _ in range(2)]
+    caches = [fp8(256, KV_HEADS, 16, DIM), fp8(256, KV_HEADS, DIM, 16)]
     one = torch.ones((), device="cuda")
-    for m in (1, 16, 64, 192, 2048):
+    for m in (1, 16, 64, 192, 768, 2048):
         small = m <= 32  # then the products leave parts in float32
         row, residual = scales(m), randn(m, HIDDEN)
         positions = torch.arange(m, dtype=I32, device="cuda")
@@ -167,8 +167,9 @@ def attention(pdl: bool) -> Iterator[Line]:
         scaled: dict[str, Any] = {"k_scale": one, "v_scale": one} if store is FP8 else {}
 
         def cache(blocks: int, store: torch.dtype = store) -> list[torch.Tensor]:
-            shape = (blocks, KV_HEADS, 16, DIM)
-            return [fp8(*shape) if store is FP8 else randn(*shape) for _ in range(2)]
+            if store is FP8:
+                return [fp8(blocks, KV_HEADS, 16, DIM), fp8(blocks, KV_HEADS, DIM, 16)]
+            return [randn(blocks, KV_HEADS, 16, DIM) for _ in range(2)]
 
         for seqs, length in ((1, 640), (16, 640), (64, 640), (256, 640), (1, 32768), (16, 8192)):
             data, blocks = batch([length] * seqs, [1] * seqs)
@@ -260,7 +261,9 @@ def steps(quantization: str, store: torch.dtype, layers: int) -> None:
     graphs = StepGraphs(model.forward, backend.device, 2048, 256)
     for lens, counts in (
         ([640], [1]), ([640] * 8, [1] * 8), ([640] * 16, [1] * 16), ([640] * 64, [1] * 64), ([640] * 256, [1] * 256),
-        ([640] * 64 + [512], [1] * 64 + [128]), ([640] * 200 + [512], [1] * 200 + [440]), ([512] * 4, [512] * 4),
+        ([640] * 8 + [512], [1] * 8 + [120]), ([640] * 64 + [512], [1] * 64 + [128]),
+        ([640] * 128 + [512] * 2, [1] * 128 + [128] * 2), ([640] * 256 + [512] * 4, [1] * 256 + [128] * 4),
+        ([512] * 4, [512] * 4),
     ):  # fmt: skip
         tokens, seqs = sum(counts), len(lens)
         size = graphs.pad(tokens)
