@@ -188,7 +188,7 @@ class Ops(Protocol):
         ...
 
     def sample(self, logits: torch.Tensor, inputs: SampleInputs) -> SampleOutput:
-        """logits [m, vocab] float32 -> one id per row.
+        """logits [m, vocab] of the model's dtype, taken as float32 -> one id per row.
 
         Order: bias and bans, penalties, (log-probabilities are taken from the raw logits before all of these),
         temperature, top_k, top_p, min_p, then argmax of logits / T + Gumbel noise. The noise of (row, id) depends on
@@ -200,5 +200,5 @@ class Ops(Protocol):
         ...
 
     def logprobs(self, logits: torch.Tensor, ids: torch.Tensor, num_top: int) -> SampleOutput:
-        """Log-probabilities of the given ids [m] under logits [m, vocab] float32 (prompt log-probabilities)."""
+        """Log-probabilities of the given ids [m] under logits [m, vocab] (prompt log-probabilities)."""
         ...

@@ -16,8 +16,8 @@ _MULTIPLIER_2 = 0x846CA68B - (1 << 32)  # the same 32 bits as a signed integer
 
 
 def sample(logits: torch.Tensor, inputs: SampleInputs) -> SampleOutput:
-    """One id per row of logits [m, vocab] float32, by the contract of `hw.ops.Ops.sample`. `logits` is left alone."""
-    raw = logits
+    """One id per row of logits [m, vocab], by the contract of `hw.ops.Ops.sample`. `logits` is left alone."""
+    raw = logits = logits.float()
     if inputs.any_bias:
         logits = _biased(logits, inputs.bias_ids, inputs.bias_values)
     if inputs.any_penalty:
@@ -35,8 +35,9 @@ def sample(logits: torch.Tensor, inputs: SampleInputs) -> SampleOutput:
 
 
 def logprobs(logits: torch.Tensor, ids: torch.Tensor, num_top: int) -> SampleOutput:
-    """Log-probabilities of ids [m] under logits [m, vocab] float32, with `num_top` alternatives (best first)."""
+    """Log-probabilities of ids [m] under logits [m, vocab], with `num_top` alternatives (best first)."""
     # log_softmax goes row by row; a sum over one long row may be split over threads, and then rounds differently.
+    logits = logits.float()
     values = torch.log_softmax(logits, dim=-1)
     index = ids.long().unsqueeze(1)
     top = torch.topk(logits, min(num_top, logits.shape[1]), dim=-1)

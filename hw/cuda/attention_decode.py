@@ -14,7 +14,7 @@ import triton.language as tl
 from hw.cuda.attention_decode_fp8 import attention_decode_fp8
 from hw.cuda.attention_split import LOG2E, Parts, num_splits, split_range
 from hw.cuda.product import launch_options
-from hw.cuda.target import INTERPRET, launch_next, wait
+from hw.cuda.target import INTERPRET, launch_next, wait, wait_at_end
 
 
 @triton.jit
@@ -85,13 +85,11 @@ def attention_decode_kernel(
         tl.store(stats + part * 2, top, mask=in_group)
         tl.store(stats + part * 2 + 1, total, mask=in_group)
     if LATE:
-        wait(PDL)
+        wait_at_end(PDL)
 
 
-def dot_dtype(q: torch.Tensor, cache: torch.Tensor) -> tl.dtype:
-    """The type of the products. e4m3 converts to float16 in one instruction, to bfloat16 in several."""
-    if cache.dtype.itemsize == 1:
-        return tl.float16
+def dot_dtype(q: torch.Tensor) -> tl.dtype:
+    """The type of the products over a cache of q's type."""
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[q.dtype]
 
 
@@ -145,7 +143,7 @@ def attention_decode(
         window or 0, scale * LOG2E,
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size, GROUP=group,
         TILE_G=max(16, triton.next_power_of_2(group)), TILE=64 if row_bytes <= 512 else 32, SPLITS=splits,
-        MIN_SPLIT=min_split, WINDOW=window is not None, DOT=dot_dtype(q, k_cache), LATE=late, PDL=pdl,
+        MIN_SPLIT=min_split, WINDOW=window is not None, DOT=dot_dtype(q), LATE=late, PDL=pdl,
         num_warps=4, num_stages=3, **launch_options(pdl),
     )  # fmt: skip
     return parts

@@ -2,8 +2,9 @@
 
 Keys and values are the left operands, 64 rows or more, so the tensor cores take them as they lie in memory; for the
 second product that asks for values with the tokens of a block innermost, [num_blocks, hkv, d, block_size]. The right
-operands, queries and probabilities, are split into an e4m3 value and 16 times what its rounding lost: two columns per
-head, which a product padded to 16 columns has to spare. Together they carry 7 bits, about as much as bfloat16.
+operands, queries and probabilities, are an e4m3 value and a second one for what its rounding lost; together they carry
+7 bits, about as much as bfloat16. For probabilities the two are different columns of one product, whose 16 columns are
+more than a group of heads needs; the scores come out of two products, equal in both halves of their columns.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,unused-ignore"
@@ -15,7 +16,7 @@ import triton.language as tl
 
 from hw.cuda.attention_split import LOG2E, Parts, split_range
 from hw.cuda.product import launch_options
-from hw.cuda.target import FP8_MAX, INTERPRET, launch_next, to_fp8, wait
+from hw.cuda.target import FP8_MAX, fp8_dot, launch_next, to_fp8, wait, wait_at_end
 
 P_SCALE = 128.0  # probabilities are at most 1; FP8's range reaches 240 or 448
 
@@ -25,14 +26,6 @@ def two_parts(x, is_rest, LIMIT: tl.constexpr, DTYPE: tl.constexpr):
     """x, equal in both halves of its columns -> its FP8 value, and in the columns `is_rest` 16 times the remainder."""
     rounded = to_fp8(x, LIMIT, DTYPE).to(tl.float32)
     return to_fp8(tl.where(is_rest, (x - rounded) * 16.0, rounded), LIMIT, DTYPE)
-
-
-@triton.jit
-def native_dot(a, b, acc):
-    """acc + a @ b on FP8 operands."""
-    if INTERPRET:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    return tl.dot(a, b, acc)
 
 
 @triton.jit
@@ -64,7 +57,6 @@ def attention_decode_fp8_kernel(
         column = tl.arange(0, COLUMNS)
         g = column % SLOTS
         is_rest = column >= SLOTS
-        unit = tl.where(is_rest, 0.0625, 1.0)
         d = tl.arange(0, BLOCK_D)
         keys = tl.arange(0, TILE)
         in_group = g < GROUP
@@ -73,10 +65,12 @@ def attention_decode_fp8_kernel(
         at = (token * HEADS + head)[None, :] * HEAD_DIM + d[:, None]
         x = tl.load(q + at, mask=in_group[None, :] & in_dim[:, None], other=0.0).to(tl.float32)
         query_scale = tl.maximum(tl.max(tl.abs(x), 0) / LIMIT, 1e-20)
-        query = two_parts(x / query_scale[None, :], is_rest[None, :], LIMIT, FP8)
-        factor = unit * query_scale * (scale * tl.load(k_scale))
+        x = x / query_scale[None, :]
+        query = to_fp8(x, LIMIT, FP8)
+        query_rest = to_fp8(x - query.to(tl.float32), LIMIT, FP8)
+        factor = query_scale * (scale * tl.load(k_scale))
         top = tl.full((COLUMNS,), -1e30, tl.float32)  # finite: the first keys of a window may all be hidden
-        total = tl.zeros((COLUMNS,), tl.float32)
+        sums = tl.zeros((TILE, COLUMNS), tl.float32)  # summed over the keys once, at the end
         acc = tl.zeros((BLOCK_D, COLUMNS), tl.float32)
         for start in range(begin, end, TILE):
             key = start + keys
@@ -93,19 +87,18 @@ def attention_decode_fp8_kernel(
             else:
                 k = tl.load(k_cache + k_at, mask=in_dim[None, :], other=0.0)
                 v = tl.load(v_cache + v_at, mask=in_dim[:, None], other=0.0)
-            scores = native_dot(k, query, tl.zeros((TILE, COLUMNS), tl.float32)) * factor[None, :]
-            scores = tl.sum(tl.reshape(scores, (TILE, 2, SLOTS)), 1)
-            scores = tl.reshape(tl.broadcast_to(scores[:, None, :], (TILE, 2, SLOTS)), (TILE, COLUMNS))
+            scores = fp8_dot(k, query_rest, fp8_dot(k, query, tl.zeros((TILE, COLUMNS), tl.float32)))
+            scores = scores * factor[None, :]
             if WINDOW:
                 visible = visible & (key >= length - window)
             scores = tl.where(visible[:, None], scores, -float("inf"))
             new_top = tl.maximum(top, tl.max(scores, 0))
             shrink = tl.exp2(top - new_top)
             p = tl.exp2(scores - new_top[None, :])
-            total = total * shrink + tl.sum(p, 0)
-            acc = native_dot(v, two_parts(p * P_SCALE, is_rest[None, :], LIMIT, FP8), acc * shrink[None, :])
+            sums = sums * shrink[None, :] + p
+            acc = fp8_dot(v, two_parts(p * P_SCALE, is_rest[None, :], LIMIT, FP8), acc * shrink[None, :])
             top = new_top
-        acc = acc * (unit * (tl.load(v_scale) / P_SCALE))[None, :]
+        acc = acc * (tl.where(is_rest, 0.0625, 1.0) * (tl.load(v_scale) / P_SCALE))[None, :]
         values = tl.sum(tl.reshape(acc, (BLOCK_D, 2, SLOTS)), 1)
         slot = tl.arange(0, SLOTS)
         part = (token * SPLITS + split) * HEADS + kv_head * GROUP
@@ -113,9 +106,9 @@ def attention_decode_fp8_kernel(
         tl.store(parts + where, values, mask=(slot < GROUP)[None, :] & in_dim[:, None])
         kept = in_group & (column < SLOTS)
         tl.store(stats + (part + g) * 2, top, mask=kept)
-        tl.store(stats + (part + g) * 2 + 1, total, mask=kept)
+        tl.store(stats + (part + g) * 2 + 1, tl.sum(sums, 0), mask=kept)
     if LATE:
-        wait(PDL)
+        wait_at_end(PDL)
 
 
 def attention_decode_fp8(
@@ -149,5 +142,5 @@ def attention_decode_fp8(
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_D=max(64, block_d), BLOCK_SIZE=block_size, GROUP=group,
         SLOTS=max(8, triton.next_power_of_2(group)), TILE=64 if block_d > 128 else 128, SPLITS=parts.values.shape[1],
         MIN_SPLIT=parts.min_split, WINDOW=window is not None, LIMIT=FP8_MAX, P_SCALE=P_SCALE, LATE=late, PDL=pdl,
-        num_warps=4, num_stages=3, **launch_options(pdl),
+        num_warps=4, num_stages=5 if block_d <= 128 else 3, **launch_options(pdl),
     )  # fmt: skip

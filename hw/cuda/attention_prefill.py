@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 
 from hw.cuda.attention_decode import dot_dtype, product_operands
+from hw.cuda.attention_decode_fp8 import P_SCALE
 from hw.cuda.attention_split import LOG2E
 from hw.cuda.product import launch_options
-from hw.cuda.target import launch_next, wait
+from hw.cuda.target import FP8_MAX, fp8_dot, launch_next, to_fp8, wait
 
 
 @triton.jit
@@ -32,7 +33,8 @@ def attention_prefill_kernel(
     table_width, window, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, TILE_G: tl.constexpr, TILE_M: tl.constexpr, TILE: tl.constexpr,
-    SEQS: tl.constexpr, WINDOW: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr, PDL: tl.constexpr,
+    SEQS: tl.constexpr, WINDOW: tl.constexpr, FP8_CACHE: tl.constexpr, LIMIT: tl.constexpr, P_SCALE: tl.constexpr,
+    DOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     QUERIES: tl.constexpr = TILE_M // TILE_G
     SAME: tl.constexpr = min(BLOCK_SIZE, TILE)  # keys of a tile that follow each other in one block
@@ -62,15 +64,22 @@ def attention_prefill_kernel(
         real = (query < count) & (g < GROUP)
         in_dim = d < HEAD_DIM
         at = ((start + query) * HEADS + kv_head * GROUP + g)[:, None] * HEAD_DIM + d[None, :]
-        queries = product_operands(tl.load(q + at, mask=real[:, None] & in_dim[None, :], other=0.0), DOT)
+        x = tl.load(q + at, mask=real[:, None] & in_dim[None, :], other=0.0)
         position = base + query
         end = base + tl.minimum(tile * QUERIES + QUERIES, count)
         begin = 0
         if WINDOW:
             begin = tl.maximum(base + tile * QUERIES - window + 1, 0) // TILE * TILE
-        factor = scale
-        if SCALED:
-            factor = scale * tl.load(k_scale)
+        if FP8_CACHE:  # both products in FP8; queries and probabilities as in attention_decode_fp8
+            FP8: tl.constexpr = k_cache.dtype.element_ty
+            x = x.to(tl.float32)
+            query_scale = tl.maximum(tl.max(tl.abs(x), 1) / LIMIT, 1e-20)
+            x = x / query_scale[:, None]
+            queries = to_fp8(x, LIMIT, FP8)
+            queries_rest = to_fp8(x - queries.to(tl.float32), LIMIT, FP8)
+            factor = query_scale * (scale * tl.load(k_scale))
+        else:
+            queries = product_operands(x, DOT)
         top = tl.full((TILE_M,), -1e30, tl.float32)  # finite: a row may see none of its first keys through a window
         total = tl.zeros((TILE_M,), tl.float32)
         acc = tl.zeros((TILE_M, BLOCK_D), tl.float32)
@@ -82,13 +91,14 @@ def attention_prefill_kernel(
             within = key % BLOCK_SIZE
             place = (origin + within * HEAD_DIM)[:, None] + d[None, :]
             k = load_keys(k_cache + place, in_dim[None, :], BLOCK_D == HEAD_DIM)
-            if SCALED:  # FP8 values lie with the tokens of a block innermost
+            if FP8_CACHE:
                 v = load_keys(v_cache + (origin + within)[None, :] + d[:, None] * BLOCK_SIZE, in_dim[:, None],
                               BLOCK_D == HEAD_DIM)  # fmt: skip
-                values = tl.trans(product_operands(v, DOT))
+                scores = fp8_dot(queries, tl.trans(k), tl.zeros((TILE_M, TILE), tl.float32))
+                scores = fp8_dot(queries_rest, tl.trans(k), scores) * factor[:, None]
             else:
-                values = product_operands(load_keys(v_cache + place, in_dim[None, :], BLOCK_D == HEAD_DIM), DOT)
-            scores = tl.dot(queries, tl.trans(product_operands(k, DOT)), input_precision="ieee") * factor
+                v = load_keys(v_cache + place, in_dim[None, :], BLOCK_D == HEAD_DIM)
+                scores = tl.dot(queries, tl.trans(product_operands(k, DOT)), input_precision="ieee") * scale
             visible = key[None, :] <= position[:, None]
             if WINDOW:
                 visible = visible & (key[None, :] > position[:, None] - window)
@@ -97,10 +107,17 @@ def attention_prefill_kernel(
             shrink = tl.exp2(top - new_top)
             p = tl.exp2(scores - new_top[:, None])
             total = total * shrink + tl.sum(p, 1)
-            acc = tl.dot(product_operands(p, DOT), values, acc * shrink[:, None], input_precision="ieee")
+            acc = acc * shrink[:, None]
+            if FP8_CACHE:
+                p = p * P_SCALE
+                rounded = to_fp8(p, LIMIT, FP8)
+                acc = fp8_dot(rounded, tl.trans(v), acc)
+                acc = fp8_dot(to_fp8(p - rounded.to(tl.float32), LIMIT, FP8), tl.trans(v), acc)
+            else:
+                acc = tl.dot(product_operands(p, DOT), product_operands(v, DOT), acc, input_precision="ieee")
             top = new_top
-        if SCALED:
-            acc = acc * tl.load(v_scale)
+        if FP8_CACHE:
+            acc = acc * (tl.load(v_scale) / P_SCALE)
         result = acc / tl.maximum(total, 1e-30)[:, None]
         tl.store(out + at, result.to(out.dtype.element_ty), mask=real[:, None] & in_dim[None, :])
 
@@ -135,18 +152,21 @@ def attention_prefill(
     group = heads // kv_heads
     tile_g = triton.next_power_of_2(group)
     block_d = triton.next_power_of_2(head_dim)
-    tile_m = 64 if tokens * heads <= 4096 or block_d > 128 else 128
+    tile_m = 64 if tokens * heads <= 16384 or block_d > 128 else 128
     if q.dtype == torch.float32:
         tile_m = max(16, tile_g)
     queries = tile_m // tile_g
     # Each chunk has two tokens or more, and at most one tile that is not full.
     grid = triton.cdiv(tokens, queries) + min(seqs, tokens // 2)
-    scaled = k_scale is not None
+    scaled = k_cache.dtype.itemsize == 1
+    if scaled and (k_scale is None or v_scale is None):
+        raise ValueError("an FP8 cache needs k_scale and v_scale")
     attention_prefill_kernel[(grid, kv_heads)](
         q, k_cache, v_cache, block_tables, rows, query_start, seq_lens, k_scale if scaled else seq_lens,
         v_scale if scaled else seq_lens, out, seqs, block_tables.stride(0), window or 0, scale * LOG2E,
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size, GROUP=group,
         TILE_G=tile_g, TILE_M=tile_m, TILE=32 if q.dtype == torch.float32 or block_d > 128 else 64,
-        SEQS=max(64, triton.next_power_of_2(seqs)), WINDOW=window is not None, SCALED=scaled, DOT=dot_dtype(q, k_cache),
+        SEQS=max(64, triton.next_power_of_2(seqs)), WINDOW=window is not None, FP8_CACHE=scaled, LIMIT=FP8_MAX,
+        P_SCALE=P_SCALE, DOT=dot_dtype(q),
         PDL=pdl, num_warps=8 if tile_m == 128 else 4, num_stages=2, **launch_options(pdl),
     )  # fmt: skip

@@ -14,19 +14,11 @@ import triton
 import triton.language as tl
 
 from hw.cuda.product import SCALE_GROUP, SMALL_STEP, Fp8, Product, launch_options
-from hw.cuda.target import INTERPRET, launch_next, wait
+from hw.cuda.target import fp8_dot, launch_next, wait
 
 TILE_K = SCALE_GROUP
 MAX_OWN_OUTPUTS = 10240  # wider products have tiles enough without a split, and cuBLASLt is at the limit
 TILE_N = 64
-
-
-@triton.jit
-def dot(w, a, acc):
-    """acc + w @ a on FP8 operands."""
-    if INTERPRET:
-        return tl.dot(w.to(tl.float32), a.to(tl.float32), acc)
-    return tl.dot(w, a, acc)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -55,10 +47,10 @@ def fp8_linear_kernel(
             following = tl.load(
                 scales + (at // TILE_K + 1) * tokens, mask=(m < tokens) & (at + TILE_K < split_in), other=0.0
             )
-            acc += dot(w, a, tl.zeros((TILE_N, TILE_M), tl.float32)) * scale[None, :]
+            acc += fp8_dot(w, a, tl.zeros((TILE_N, TILE_M), tl.float32)) * scale[None, :]
             scale = following
         else:
-            acc = dot(w, a, acc)
+            acc = fp8_dot(w, a, acc)
     where = (split * tokens + m)[:, None] * num_out + out[None, :]
     tl.store(
         parts + where, tl.trans(acc).to(parts.dtype.element_ty), mask=(m < tokens)[:, None] & (out < num_out)[None, :]

@@ -35,6 +35,16 @@ def wait(PDL: tl.constexpr):
 
 
 @triton.jit
+def wait_at_end(PDL: tl.constexpr):
+    """Instead of `wait`, for a kernel that reads nothing of the previous one: its end must still be the later one. The
+    last program waits for all of them: each would hold its place on the device until the previous kernel has ended."""
+    if PDL:
+        last = (tl.program_id(0) == tl.num_programs(0) - 1) & (tl.program_id(1) == tl.num_programs(1) - 1)
+        if last & (tl.program_id(2) == tl.num_programs(2) - 1):
+            tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def launch_next(PDL: tl.constexpr):
     """Let the next kernel start once all programs of this one run; it still waits for this one's writes.
 
@@ -54,3 +64,11 @@ def to_fp8(x, LIMIT: tl.constexpr, DTYPE: tl.constexpr):
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
+
+
+@triton.jit
+def fp8_dot(a, b, acc):
+    """acc + a @ b on FP8 operands. Native where a has 64 rows or more."""
+    if INTERPRET:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    return tl.dot(a, b, acc)

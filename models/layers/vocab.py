@@ -55,7 +55,7 @@ class Embedding:
 
 
 class Head:
-    """hidden [m, hidden] -> logits [m, vocab] float32, whole on every rank. Never quantised."""
+    """hidden [m, hidden] -> logits [m, vocab] of the model's dtype, whole on every rank. Never quantised."""
 
     def __init__(self, parts: Parts, table: VocabTable) -> None:
         self._parts = parts
@@ -66,4 +66,4 @@ class Head:
         logits: torch.Tensor = self._parts.backend.ops.linear(hidden, self._table.table, None)
         if comm.size > 1:
             logits = comm.all_gather(logits)[:, : self._table.vocab_size]
-        return logits.float()
+        return logits

@@ -19,7 +19,7 @@ from models.runtime.step import BadRow
 PROMPT_LOGITS_ROWS = 256  # logits of a long prompt are made in pieces: at a vocabulary of 128k, one row is half a MiB
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
-"""Hidden states [m, hidden] -> logits [m, vocab] float32, whole on every rank."""
+"""Hidden states [m, hidden] -> logits [m, vocab] of the model's dtype, whole on every rank."""
 
 
 @dataclass(frozen=True, slots=True)
