@@ -308,6 +308,11 @@ def find_servers() -> list[dict[str, Any]]:
     return [server for _, server in sorted(found, key=lambda item: item[0], reverse=True)]
 
 
+def default_api_key(environment: Mapping[str, str] = os.environ) -> str:
+    """The first key in QUIRE_API_KEY; "" without any."""
+    return environment.get("QUIRE_API_KEY", "").partition(",")[0].strip()
+
+
 def _find_address() -> str:
     servers = find_servers()
     if not servers:
@@ -400,10 +405,6 @@ class _Session:
         return self.hello() if now - max(self.heard_s, self.asked_s) >= _HEARTBEAT_S else None
 
 
-def _key_in(environment: Mapping[str, str]) -> str:
-    return environment.get("QUIRE_API_KEY", "").partition(",")[0].strip()
-
-
 def _socket(context: zmq.Context[Any], address: str) -> Any:
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 200)  # long enough for a last abort to leave
@@ -461,7 +462,7 @@ class Client:
         self.timeout_s = timeout_s
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket = _socket(self._context, self.address)
-        self._session = _Session(self.address, _key_in(os.environ) if api_key is None else api_key)
+        self._session = _Session(self.address, default_api_key() if api_key is None else api_key)
 
     def generate(
         self,
@@ -662,7 +663,7 @@ class AsyncClient:
         self.timeout_s = timeout_s
         self._context = zmq.asyncio.Context()
         self._socket = _socket(self._context, self.address)
-        self._session = _Session(self.address, _key_in(os.environ) if api_key is None else api_key)
+        self._session = _Session(self.address, default_api_key() if api_key is None else api_key)
         self._news: dict[str, asyncio.Event] = {}
         self._reader: asyncio.Task[None] | None = None
 
@@ -824,7 +825,7 @@ class LLM:
             env=environment,
         )
         try:
-            self.client = Client(self._wait(), api_key=_key_in(environment))
+            self.client = Client(self._wait(), api_key=default_api_key(environment))
         except BaseException:
             self.close()
             raise

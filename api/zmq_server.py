@@ -36,6 +36,7 @@ MAX_OUTBOX = 8192  # messages that wait for a client which does not read
 MAX_UNREAD_FRAMES = 200  # per client, inside ZeroMQ; a step is one frame
 RETRY_S = 0.05  # a full socket is tried again after this long
 MAX_GREETED = 10_000  # clients whose hello is remembered
+_NO_KEY = "the API key is missing or wrong; pass api_key= to the client, or set QUIRE_API_KEY"
 
 Request = quire.GenerateRequest | quire.ModelsRequest | quire.StatsRequest
 
@@ -165,7 +166,7 @@ class ZmqServer:
             text = f"say hello first, with protocol {quire.PROTOCOL_VERSION}"
             return None if holder is not None else QuireError("protocol_error", text)
         if holder is None:
-            return QuireError("invalid_api_key", "the API key is missing or wrong; say hello with api_key")
+            return QuireError("invalid_api_key", _NO_KEY)
         if not self._keys.holds(holder):
             return QuireError("invalid_api_key", "the API key is no longer valid")
         return None
@@ -187,8 +188,7 @@ class ZmqServer:
                 return
             holder = self._keys.holder(hello.api_key.encode())
             if holder is None:
-                text = "the API key is missing or wrong; pass api_key= to the client, or set QUIRE_API_KEY"
-                self._say(peer, quire.Error(id="", code="invalid_api_key", message=text))
+                self._say(peer, quire.Error(id="", code="invalid_api_key", message=_NO_KEY))
                 return
             self._greeted[peer.identity] = holder
         else:
