@@ -57,10 +57,7 @@ def serve(config: Config, began: float) -> int:
     say(f"  model        {model.name} ({model.model_type}, up to {model.max_model_len:,} tokens) from {model.path}")
     listening = bind(config)
     host, port = listening.getsockname()[:2]
-    if keys.required:
-        say(f"  keys         {len(keys)}; every route but /health needs one")
-    elif not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
-        say(f"  warning      whoever reaches {host} may use this server; give it keys (--api-key-file, QUIRE_API_KEY)")
+    say_who_may_enter(keys, host)
     run_dir = RunDir(str(port))
     run_dir.write("pid", str(os.getpid()).encode())
     supervisor = Supervisor(config, model, run_dir, listening.fileno(), say)
@@ -104,6 +101,14 @@ def bind(config: Config) -> socket.socket:
         text = f"cannot listen on {config.host}:{config.port}: {error.strerror}; choose another --port or --host"
         raise QuireError("invalid_config", text, "port") from None
     return listening
+
+
+def say_who_may_enter(keys: Keys, host: str) -> None:
+    """The number of keys, or a warning where other machines need none."""
+    if keys.required:
+        say(f"  keys         {len(keys)}; every route but /health needs one")
+    elif not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+        say(f"  warning      whoever reaches {host} may use this server; give it keys (--api-key-file, QUIRE_API_KEY)")
 
 
 def check_client_address(config: Config) -> None:
