@@ -78,7 +78,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     # ---- security
     api_key: Annotated[
         tuple[str, ...],
-        _option("a key that clients must send; may be repeated, commas in QUIRE_API_KEY", "security", secret=True),
+        _option(
+            "a key that clients must send; may be repeated. Better in QUIRE_API_KEY (several with commas) or a file",
+            "security",
+            secret=True,
+        ),
     ] = ()
     api_key_file: Annotated[
         str | None, _option("file of keys, 'KEY' or 'NAME: KEY' a line; read again when it changes", "security")
