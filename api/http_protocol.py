@@ -21,7 +21,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._head_timer = self.loop.call_later(HEAD_S, self.transport.close)
+        self._head_timer = self.loop.call_later(HEAD_S, self._late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_ended()
@@ -37,7 +37,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         if self._head_timer is None:
-            self._head_timer = self.loop.call_later(HEAD_S, self.transport.close)
+            self._head_timer = self.loop.call_later(HEAD_S, self._late)
 
     def on_headers_complete(self) -> None:
         self._head_ended()
@@ -52,6 +52,11 @@ class HttpProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _late(self) -> None:
+        self._head_timer = None
+        if self.cycle is None or self.cycle.response_complete:  # else: pipelined behind an answer that still runs
+            self.transport.close()
 
     def _refuse(self) -> None:
         error = QuireError("head_too_large", f"the request's line and headers are larger than {MAX_HEAD_BYTES} bytes")

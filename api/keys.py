@@ -30,8 +30,9 @@ class Keys:
     Args:
         given: the keys of the configuration.
         path: a file with a key on each line, `KEY` or `NAME: KEY`; empty lines and those with `#` first are skipped.
+            Nobody enters by it before `load`.
 
-    Raises QuireError("invalid_config"), which names the line at fault, never what it holds.
+    Raises QuireError("invalid_config") for a given key that cannot be one; no error ever tells a key.
     """
 
     def __init__(self, given: Sequence[str] = (), path: str | None = None) -> None:
@@ -40,11 +41,6 @@ class Keys:
         self._stamp: Stamp | None = None
         self._trouble = ""
         self._all = self._given
-        if self._path is not None:
-            self._stamp, from_file = _read(self._path)
-            self._use(from_file)
-            if not self._all:
-                raise QuireError("invalid_config", f"--api-key-file: {self._path} holds no key", "api_key_file")
 
     def __len__(self) -> int:
         return len(self._all)
@@ -71,6 +67,13 @@ class Keys:
     def holds(self, holder: str) -> bool:
         """Whether a holder still has a key."""
         return any(name == holder for _, name in self._all)
+
+    def load(self) -> None:
+        """Read the file. Raises QuireError("invalid_config"), which names the file and the line at fault."""
+        if self._path is not None:
+            stamp, from_file = _read(self._path)
+            self._use(from_file)
+            self._stamp = stamp
 
     async def watch(self) -> None:
         """Follow the file until cancelled. What cannot be read is logged, and the former keys stay."""

@@ -52,6 +52,11 @@ async def serve(process: Process, listening: socket.socket | None) -> None:
     """Answer until the supervisor asks for the end; running answers may finish within drain_timeout_s."""
     config = process.config
     keys = Keys(config.api_key, config.api_key_file)
+    try:
+        keys.load()
+    except QuireError as error:
+        # It was well when the server started. A process that is started again must not fail for it.
+        log.error("%s; nobody enters by it", error.message)
     context: zmq.Context[Any] = zmq.Context()
     links: list[Client[FromTokenizer]] = [
         Client(context, process.address(f"tokenizer-{index}"), FromTokenizer, name=process.name)

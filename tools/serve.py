@@ -45,6 +45,9 @@ def serve(config: Config, began: float) -> int:
     version = importlib.metadata.version("quire")
     say(f"Quire {version}")
     keys = Keys(config.api_key, config.api_key_file)
+    keys.load()
+    if keys.required and not len(keys):
+        raise QuireError("invalid_config", f"--api-key-file: {config.api_key_file} holds no key", "api_key_file")
     server_context(config)
     check_client_address(config)
     model = resolve(

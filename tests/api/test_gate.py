@@ -11,9 +11,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from api.app import ROUTES
+from api.app import ROUTES, make_app
 from api.gate import OPEN_PATHS, Gate
 from api.keys import Keys
 from core.errors import QuireError
@@ -35,6 +37,11 @@ def keyed() -> Iterator[Doors]:
         yield running[0]
 
 
+def typed_routes(app: Starlette) -> list[Any]:
+    assert {type(route) for route in app.routes} == {Route}
+    return list(app.routes)
+
+
 def assert_refused(answer: httpx.Response) -> None:
     assert answer.status_code == 401, answer.text
     error = answer.json()["error"]
@@ -54,6 +61,12 @@ def test_every_route_asks_for_a_key(keyed: Doors, method: str, path: str) -> Non
         assert_refused(answer)
         allowed = httpx.request(method, keyed.url + path, headers={"x-api-key": KEY}, json=BODY)
         assert allowed.status_code != 401
+
+
+def test_the_table_is_all_that_there_is() -> None:
+    service: Any = None  # not asked until a request comes
+    routes = [(next(iter(route.methods - {"HEAD"})), route.path) for route in typed_routes(make_app(service, Keys()))]
+    assert routes == [(method, path) for method, path, _ in ROUTES]
 
 
 def test_the_open_paths_are_those_of_the_probes() -> None:
@@ -214,6 +227,7 @@ async def test_the_request_knows_whose_key_it_came_with(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("alice: secret-of-alice\n")
     keys = Keys([], str(file))
+    keys.load()
     asked = [(b"x-api-key", b"secret-of-alice")]
     assert ((await seen_by_the_app(keys, "/stats", asked)) or {})["key_holder"] == "alice"
     assert ((await seen_by_the_app(keys, "/health", asked)) or {})["key_holder"] is None

@@ -102,3 +102,11 @@ def test_an_answer_may_take_longer_than_a_head(hasty: Doors) -> None:
     with connect(hasty.url) as connection:
         connection.sendall(head + body)
         assert everything(connection).startswith(b"HTTP/1.1 200 ")
+
+
+def test_half_a_head_behind_a_running_answer_does_not_cut_it(hasty: Doors) -> None:
+    body = b'{"model": "tiny-chat", "prompt": "abc"}'
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+    with connect(hasty.url) as connection:
+        connection.sendall(head + body + b"GET /ver")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")

@@ -324,7 +324,9 @@ def key_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def keyed(folder: Path, key_file: Path) -> Iterator[Pair]:
-    with doors(folder, keys=Keys([], str(key_file))) as running:
+    keys = Keys([], str(key_file))
+    keys.load()
+    with doors(folder, keys=keys) as running:
         yield running
 
 

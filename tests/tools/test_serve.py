@@ -17,6 +17,7 @@ from tools import serve
     [
         (["--api-key", "two words"], "--api-key (1.): a key must be 1 to 256 printable ASCII characters"),
         (["--api-key-file", "{folder}/gone"], "--api-key-file: cannot read {folder}/gone: No such file or directory"),
+        (["--api-key-file", "{folder}/empty"], "--api-key-file: {folder}/empty holds no key"),
         (["--ssl-certfile", "{folder}/gone"], "--ssl-certfile: cannot read {folder}/gone: No such file or directory"),
         (["--ssl-certfile", "{folder}/text"], "--ssl-certfile: {folder}/text holds no PEM certificate"),
         (["--client-address", "tcp://0.0.0.0:5"], "--client-address: must be an ipc:// address"),
@@ -34,6 +35,7 @@ def test_one_sentence_before_anything_starts(
     monkeypatch.delenv("QUIRE_API_KEY", raising=False)
     monkeypatch.setattr(serve, "hide_secrets", lambda *_: None)  # of this very process
     (tmp_path / "text").write_text("precious")
+    (tmp_path / "empty").write_text("# nobody yet\n")
     assert serve.main([part.replace("{folder}", str(tmp_path)) for part in argv]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("quire serve: " + sentence.replace("{folder}", str(tmp_path)))
