@@ -16,7 +16,7 @@ from core.errors import QuireError
 log = logging.getLogger("quire.api")
 
 CHECK_S = 1.0
-MAX_KEYS = 1000  # every request is compared with each of them: 0.15 ms
+MAX_KEYS = 1000  # every request is compared with each of them: some 40 µs
 MAX_KEY_CHARS = 256
 MAX_FILE_BYTES = 1024 * 1024
 

@@ -156,8 +156,6 @@ def test_no_secret_can_be_read_anywhere(locked: Locked) -> None:
     everything = "\n".join([*pages, *arguments, listed, *files, log])
     for secret in (*SECRETS, "wrong-but-secret"):
         assert secret not in everything
-    for child in processes[1:]:  # they have no use for it, so they do not even inherit it
-        assert IN_ENVIRONMENT not in " ".join(child.environ().values())
 
 
 def test_only_the_owner_may_open_the_sockets(locked: Locked) -> None:
