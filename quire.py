@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -108,12 +108,14 @@ class Hello(_Wire, frozen=True, tag="hello"):
     """Must be a client's first message; may stand at the head of any frame.
 
     Sent while waiting it asks whether the server still lives, and `running` names the requests that are waited for:
-    those that the server does not know (it was restarted) end with an error.
+    those that the server does not know (it was restarted) end with an error. `api_key` where the server asks for one;
+    without a valid one, hello and every request are answered with the error "invalid_api_key".
     """
 
     protocol: int
     client: str = ""
     running: list[str] = []
+    api_key: str = ""
 
 
 class GenerateRequest(_Wire, frozen=True, tag="generate"):
@@ -306,6 +308,11 @@ def find_servers() -> list[dict[str, Any]]:
     return [server for _, server in sorted(found, key=lambda item: item[0], reverse=True)]
 
 
+def default_api_key(environment: Mapping[str, str] = os.environ) -> str:
+    """The first key in QUIRE_API_KEY; "" without any."""
+    return environment.get("QUIRE_API_KEY", "").partition(",")[0].strip()
+
+
 def _find_address() -> str:
     servers = find_servers()
     if not servers:
@@ -327,8 +334,9 @@ _numbers = itertools.count(1)
 class _Session:
     """The protocol without a socket, shared by both clients: what was said, and who waits for which answer."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, api_key: str) -> None:
         self.address = address
+        self.api_key = api_key
         self.welcome: Welcome | None = None
         self.inboxes: dict[str, deque[ServerMessage]] = {}
         self.failure: QuireError | None = None  # the connection as a whole is unusable
@@ -338,20 +346,23 @@ class _Session:
     def hello(self) -> bytes:
         """The frame that asks whether the server lives and knows what is waited for."""
         self.asked_s = time.monotonic()
-        return _encoder.encode([Hello(protocol=PROTOCOL_VERSION, client="quire.py", running=list(self.inboxes))])
+        return _encoder.encode([self._hello(list(self.inboxes))])
 
     def open(self, request: GenerateRequest | ModelsRequest | StatsRequest) -> bytes:
         """Begin to wait for a request's answers; returns the frame to send.
 
         The hello comes along: ZeroMQ reconnects silently, and a restarted server has not been greeted yet.
         """
-        frame = _encoder.encode([Hello(protocol=PROTOCOL_VERSION, client="quire.py"), request])
+        frame = _encoder.encode([self._hello([]), request])
         if len(frame) > MAX_FRAME_BYTES:
             raise QuireError("body_too_large", f"the request takes {len(frame)} bytes; at most {MAX_FRAME_BYTES}")
         if not self.inboxes:
             self.heard_s = time.monotonic()  # silence counts only while something is being waited for
         self.inboxes[request.id] = deque()
         return frame
+
+    def _hello(self, running: list[str]) -> Hello:
+        return Hello(protocol=PROTOCOL_VERSION, client="quire.py", running=running, api_key=self.api_key)
 
     def close(self, request_id: str) -> None:
         self.inboxes.pop(request_id, None)
@@ -439,16 +450,19 @@ class Client:
     Args:
         address: the server's ZeroMQ address; None finds this user's newest running server.
         timeout_s: how long a request may take by default; None: as long as it needs.
+        api_key: for a server with keys; None takes QUIRE_API_KEY, the first where it has several.
 
     Methods raise QuireError. Use it as a context manager, or call `close`.
     """
 
-    def __init__(self, address: str | None = None, *, timeout_s: float | None = None) -> None:
+    def __init__(
+        self, address: str | None = None, *, timeout_s: float | None = None, api_key: str | None = None
+    ) -> None:
         self.address = address or _find_address()
         self.timeout_s = timeout_s
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket = _socket(self._context, self.address)
-        self._session = _Session(self.address)
+        self._session = _Session(self.address, default_api_key() if api_key is None else api_key)
 
     def generate(
         self,
@@ -642,12 +656,14 @@ class Stream(contextlib.AbstractContextManager["Stream"]):
 class AsyncClient:
     """As `Client`, for asyncio: any number of tasks of one event loop may share it. Use `async with`."""
 
-    def __init__(self, address: str | None = None, *, timeout_s: float | None = None) -> None:
+    def __init__(
+        self, address: str | None = None, *, timeout_s: float | None = None, api_key: str | None = None
+    ) -> None:
         self.address = address or _find_address()
         self.timeout_s = timeout_s
         self._context = zmq.asyncio.Context()
         self._socket = _socket(self._context, self.address)
-        self._session = _Session(self.address)
+        self._session = _Session(self.address, default_api_key() if api_key is None else api_key)
         self._news: dict[str, asyncio.Event] = {}
         self._reader: asyncio.Task[None] | None = None
 
@@ -791,16 +807,25 @@ class LLM:
 
     def __init__(self, model: str = "tiny-chat", **options: Any) -> None:
         command = [sys.executable, "-P", "-m", "tools.cli", "serve", model, "--port", "0", "--die-with-parent"]
+        environment = dict(os.environ)
         for name, value in options.items():
             flag = "--" + name.replace("_", "-")
-            command += [flag] if value is True else ["--no-" + flag[2:]] if value is False else [flag, str(value)]
+            if name == "api_key":
+                environment["QUIRE_API_KEY"] = str(value)  # a command line can be read by everybody
+            else:
+                command += [flag] if value is True else ["--no-" + flag[2:]] if value is False else [flag, str(value)]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the engine
         # A session of its own: the program's Ctrl-C interrupts the program, which then ends the engine in order.
         self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            start_new_session=True,
+            env=environment,
         )
         try:
-            self.client = Client(self._wait())
+            self.client = Client(self._wait(), api_key=default_api_key(environment))
         except BaseException:
             self.close()
             raise

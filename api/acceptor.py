@@ -10,12 +10,14 @@ import asyncio
 import errno
 import logging
 import socket
+import ssl
 from collections.abc import Callable
 
 log = logging.getLogger("quire.api")
 
 MAX_PER_TURN = 256  # so that a flood of connections cannot keep the running streams from their turn
 PAUSE_S = 0.5
+HANDSHAKE_S = 15.0
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -25,12 +27,18 @@ class Acceptor:
     Args:
         listening: a bound socket, made non-blocking here. Other processes may accept from it too.
         max_per_turn: connections taken before the event loop gets its turn back.
+        tls: makes every connection a TLS one.
     """
 
     def __init__(
-        self, listening: socket.socket, protocol: Callable[[], asyncio.Protocol], max_per_turn: int = MAX_PER_TURN
+        self,
+        listening: socket.socket,
+        protocol: Callable[[], asyncio.Protocol],
+        max_per_turn: int = MAX_PER_TURN,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._listening = listening
+        self._tls = tls
         self._protocol = protocol
         self._max_per_turn = max_per_turn
         self._loop = asyncio.get_running_loop()
@@ -69,7 +77,12 @@ class Acceptor:
             connection.setblocking(False)
             if connection.family != socket.AF_UNIX:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await self._loop.connect_accepted_socket(self._protocol, connection)
+            await self._loop.connect_accepted_socket(
+                self._protocol,
+                connection,
+                ssl=self._tls,
+                ssl_handshake_timeout=None if self._tls is None else HANDSHAKE_S,
+            )
         except OSError as error:
             connection.close()
             log.debug("a client went away while it was connected: %s", error)

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp
 from api.body import RefusedBody
 from api.engine_client import ClientGone
 from api.gate import Gate
+from api.keys import Keys
 from api.routes.chat import chat_completions
 from api.routes.completions import completions
 from api.routes.health import health, live, ready
@@ -46,11 +48,31 @@ ROUTES: list[tuple[str, str, Endpoint]] = [
 ]
 
 
-def make_app(service: Service, *, keys: Sequence[str] = ()) -> Starlette:
-    """The ASGI app over a Service."""
+def make_app(service: Service, keys: Keys, cors_origins: Sequence[str] = ()) -> Starlette:
+    """The ASGI app over a Service.
+
+    Args:
+        keys: what the gate asks for.
+        cors_origins: web origins whose pages may call; their preflights come without a key, and end before the gate.
+    """
+
+    def refuse(error: QuireError) -> Response:
+        service.count_error(error.code)
+        return error_response(error)
+
+    middleware = [Middleware(Gate, keys=keys, refuse=refuse)]
+    if cors_origins:
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=cors_origins,
+            allow_methods=sorted({method for method, _, _ in ROUTES}),
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+        middleware.insert(0, cors)
     app = Starlette(
         routes=[Route(path, _bound(endpoint, service), methods=[method]) for method, path, endpoint in ROUTES],
-        middleware=[Middleware(Gate, keys=keys)],
+        middleware=middleware,
         exception_handlers={
             QuireError: _answering(service, _as_it_is),
             HTTPException: _answering(service, _refused_by_router),
@@ -63,12 +85,14 @@ def make_app(service: Service, *, keys: Sequence[str] = ()) -> Starlette:
 
 
 def error_response(error: QuireError) -> Response:
-    """An error as HTTP: status, OpenAI's error object, Retry-After."""
-    if error.code == "body_too_large":
-        return RefusedBody(error_body(error), http_status(error.code))
+    """An error as HTTP: status, OpenAI's error object, Retry-After or WWW-Authenticate."""
     headers = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    if error.code == "invalid_api_key":
+        headers["www-authenticate"] = "Bearer"
+    if error.code in ("body_too_large", "invalid_api_key"):
+        return RefusedBody(error_body(error), http_status(error.code), headers)
     return Response(error_body(error), http_status(error.code), headers, "application/json")
 
 
@@ -119,5 +143,5 @@ def _client_gone(request: Request, error: Exception) -> Response:
 def _unexpected(request: Request, error: Exception) -> QuireError:
     """A bug of ours. The client learns the request's id, the log learns the rest."""
     request_id = request.scope.get("request_id", "")
-    log.error("request %s failed", request_id, exc_info=error)
+    log.error("request %s of %s failed", request_id, request.scope.get("key_holder") or "anybody", exc_info=error)
     return QuireError("internal_error", f"an unexpected error; the server's log has request {request_id}")

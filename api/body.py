@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -47,8 +48,8 @@ class RefusedBody(Response):
     """The answer to a body that is not read. What the client still sends is thrown away for a moment: closing at once
     would reset the connection, and many clients would never see the answer."""
 
-    def __init__(self, content: bytes, status: int) -> None:
-        super().__init__(content, status, {"connection": "close"}, "application/json")
+    def __init__(self, content: bytes, status: int, headers: Mapping[str, str]) -> None:
+        super().__init__(content, status, {**headers, "connection": "close"}, "application/json")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

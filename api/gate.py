@@ -1,62 +1,62 @@
-"""Gate: the one middleware. It names each request, and checks its key where the server has keys."""
+"""Gate: names each request, and checks its key where the server has keys."""
 
 from __future__ import annotations
 
-import hmac
-import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.schema.errors import error_body
-from core.errors import QuireError, http_status
+from api.keys import Keys
+from core.errors import QuireError
 
-log = logging.getLogger("quire.api")
-
-_OPEN_PATHS = ("/health", "/health/live", "/health/ready")  # for probes, which have no key
+OPEN_PATHS = ("/health", "/health/live", "/health/ready")  # for probes, which have no key
 _MAX_ID_CHARS = 128
 
 
 class Gate:
     """Wraps the app: `x-request-id` is taken from the request or made, and returned.
 
+    In the scope, `request_id` is that id, and `key_holder` whose key came along (None: the server has no keys, or the
+    path needs none).
+
     Args:
-        keys: accepted API keys (`Authorization: Bearer KEY`); empty lets everybody in.
+        keys: accepted in `Authorization: Bearer KEY` and in `x-api-key: KEY`.
+        refuse: makes the answer to a request without a valid key.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str] = ()) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, refuse: Callable[[QuireError], ASGIApp]) -> None:
         self._app = app
-        self._keys = [key.encode() for key in keys]
+        self._keys = keys
+        self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
         request_id = _request_id(headers.get(b"x-request-id", b""))
         scope["request_id"] = request_id.decode()
+        scope["key_holder"] = None
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
             await send(message)
 
-        if self._keys and scope["path"] not in _OPEN_PATHS and not self._admits(headers.get(b"authorization", b"")):
-            error = QuireError("invalid_api_key", "the API key is missing or wrong; send Authorization: Bearer KEY")
-            body = error_body(error)
-            head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-            start = {"type": "http.response.start", "status": http_status(error.code), "headers": head}
-            await send_named(start)
-            await send({"type": "http.response.body", "body": body})
-            return
-        await self._app(scope, receive, send_named)
+        app = self._app
+        if self._keys.required and scope["path"] not in OPEN_PATHS:
+            scope["key_holder"] = self._holder(headers)
+            if scope["key_holder"] is None:
+                text = "the API key is missing or wrong; send Authorization: Bearer KEY"
+                app = self._refuse(QuireError("invalid_api_key", text))
+        await app(scope, receive, send_named)
 
-    def _admits(self, authorization: bytes) -> bool:
-        kind, _, key = authorization.partition(b" ")
-        # Every key is compared, each in constant time: the time taken tells nothing.
-        matches = [hmac.compare_digest(key.strip(), known) for known in self._keys]
-        return kind.lower() == b"bearer" and any(matches)
+    def _holder(self, headers: dict[bytes, bytes]) -> str | None:
+        kind, _, token = headers.get(b"authorization", b"").partition(b" ")
+        if kind.lower() == b"bearer" and (holder := self._keys.holder(token.strip())) is not None:
+            return holder
+        return self._keys.holder(headers[b"x-api-key"]) if b"x-api-key" in headers else None
 
 
 def _request_id(given: bytes) -> bytes:

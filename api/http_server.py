@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from api.acceptor import MAX_PER_TURN, Acceptor
+from api.http_protocol import HttpProtocol
 
 KEEP_ALIVE_S = 75  # longer than the idle time of common proxies and clients, so that they end the connection, not we
 
@@ -23,10 +24,16 @@ class HttpServer(uvicorn.Server):
         drain_s: at the end, seconds in which running answers may finish.
         on_listening: called once, when clients can connect.
         processes: how many accept from the same socket; each then takes a smaller share per turn.
+        tls: for HTTPS.
     """
 
     def __init__(
-        self, app: ASGIApp, drain_s: float, on_listening: Callable[[], None] = lambda: None, processes: int = 1
+        self,
+        app: ASGIApp,
+        drain_s: float,
+        on_listening: Callable[[], None] = lambda: None,
+        processes: int = 1,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -46,6 +53,7 @@ class HttpServer(uvicorn.Server):
         )
         self._on_listening = on_listening
         self._max_per_turn = max(8, MAX_PER_TURN // processes)
+        self._tls = tls
         self._acceptors: list[Acceptor] = []
 
     async def run_on(self, listening: socket.socket) -> None:
@@ -56,7 +64,7 @@ class HttpServer(uvicorn.Server):
         """In place of uvicorn's, whose listener takes one connection per turn of the loop."""
         self.servers = []  # uvicorn's own listeners, which its shutdown closes
         for listening in sockets or []:
-            acceptor = Acceptor(listening, self._protocol, self._max_per_turn)
+            acceptor = Acceptor(listening, self._protocol, self._max_per_turn, self._tls)
             acceptor.start(self.config.backlog)
             self._acceptors.append(acceptor)
         self.started = True
@@ -69,7 +77,7 @@ class HttpServer(uvicorn.Server):
         await super().shutdown(sockets)
 
     def _protocol(self) -> asyncio.Protocol:
-        return HttpToolsProtocol(self.config, self.server_state, {})
+        return HttpProtocol(self.config, self.server_state, {})
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -22,8 +22,10 @@ from api.app import make_app
 from api.engine_client import EngineClient
 from api.figures import SupervisorFigures
 from api.http_server import HttpServer
+from api.keys import Keys
 from api.served import ServedModel
 from api.service import Service
+from api.tls import server_context
 from api.zmq_server import ZmqServer
 from core.channel import Client
 from core.errors import QuireError
@@ -49,6 +51,12 @@ def served_model(model: ModelInfo, name: str) -> ServedModel:
 async def serve(process: Process, listening: socket.socket | None) -> None:
     """Answer until the supervisor asks for the end; running answers may finish within drain_timeout_s."""
     config = process.config
+    keys = Keys(config.api_key, config.api_key_file)
+    try:
+        keys.load()
+    except QuireError as error:
+        # It was well when the server started. A process that is started again must not fail for it.
+        log.error("%s; nobody enters by it", error.message)
     context: zmq.Context[Any] = zmq.Context()
     links: list[Client[FromTokenizer]] = [
         Client(context, process.address(f"tokenizer-{index}"), FromTokenizer, name=process.name)
@@ -80,13 +88,15 @@ async def serve(process: Process, listening: socket.socket | None) -> None:
         freeze_heap()
         process.ready(detail=" and ".join(["HTTP"] * (listening is not None) + ["ZeroMQ"] * (door is not None)))
 
-    http = HttpServer(make_app(service), config.drain_timeout_s, ready, config.api_workers)
+    app = make_app(service, keys, config.cors_origin)
+    http = HttpServer(app, config.drain_timeout_s, ready, config.api_workers, server_context(config))
     engine.start()
     door = None
     if process.index == 0:
-        door = ZmqServer(context, client_address(process), service)
+        door = ZmqServer(context, config.client_address or process.address("client"), service, keys)
         door.start()
     beating = asyncio.create_task(figures.run())
+    watching = asyncio.create_task(keys.watch())
     try:
         if listening is None:
             ready()
@@ -96,21 +106,13 @@ async def serve(process: Process, listening: socket.socket | None) -> None:
         await _drained(engine, config.drain_timeout_s)
     finally:
         beating.cancel()
+        watching.cancel()
         if door is not None:
             await door.stop()
         engine.stop()
         for link in links:
             link.close()
         context.term()
-
-
-def client_address(process: Process) -> str:
-    """Where the ZeroMQ door is. Raises QuireError("invalid_config") for anything but a local socket."""
-    address = process.config.client_address or process.address("client")
-    if not address.startswith("ipc://"):
-        text = f"client_address: {address!r} must be an ipc:// address; a tcp:// one would need keys"
-        raise QuireError("invalid_config", text, "client_address")
-    return address
 
 
 def _noted(engine: EngineClient, reply: StatsReply) -> None:

@@ -16,6 +16,7 @@ import zmq
 
 import quire
 from api.engine_client import Event
+from api.keys import Keys
 from api.routes.stats import stats_of
 from api.schema.chat import chat_prompt
 from api.schema.completions import check_token_ids
@@ -23,6 +24,7 @@ from api.schema.models import model_card
 from api.schema.parse import explain
 from api.schema.sampling import deadline_s
 from api.service import Service
+from core.channel import bind_private
 from core.errors import QuireError
 from core.messages import Delta, Finished, Prompt, Started, TextPrompt, TokensPrompt, TokenText
 from core.sampling import validate
@@ -34,6 +36,7 @@ MAX_OUTBOX = 8192  # messages that wait for a client which does not read
 MAX_UNREAD_FRAMES = 200  # per client, inside ZeroMQ; a step is one frame
 RETRY_S = 0.05  # a full socket is tried again after this long
 MAX_GREETED = 10_000  # clients whose hello is remembered
+_NO_KEY = "the API key is missing or wrong; pass api_key= to the client, or set QUIRE_API_KEY"
 
 Request = quire.GenerateRequest | quire.ModelsRequest | quire.StatsRequest
 
@@ -57,20 +60,22 @@ class ZmqServer:
 
     Args:
         context: the process's ZeroMQ context.
-        address: "ipc://…"; whoever may open the socket file may use the server.
+        address: "ipc://…"; only this user may open the socket file.
         service: engine, model, figures.
+        keys: what a hello must bring.
     """
 
-    def __init__(self, context: zmq.Context[Any], address: str, service: Service) -> None:
+    def __init__(self, context: zmq.Context[Any], address: str, service: Service, keys: Keys) -> None:
         self._service = service
+        self._keys = keys
         self._peers: dict[bytes, Peer] = {}
-        self._greeted: dict[bytes, None] = {}
+        self._greeted: dict[bytes, str] = {}  # whose key it showed; "" where the server has none
         self._socket = context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 500)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a client that is gone is an error, not a silent drop
         self._socket.setsockopt(zmq.SNDHWM, MAX_UNREAD_FRAMES)
         self._socket.setsockopt(zmq.MAXMSGSIZE, quire.MAX_FRAME_BYTES)
-        self._socket.bind(address)
+        bind_private(self._socket, address)
         self._address = address
 
     def start(self) -> None:
@@ -143,9 +148,9 @@ class ZmqServer:
         elif isinstance(message, quire.AbortRequest):
             if (task := peer.tasks.get(message.id)) is not None:
                 task.cancel()
-        elif peer.identity not in self._greeted:
-            text = f"say hello first, with protocol {quire.PROTOCOL_VERSION}"
-            self._say(peer, quire.Error(id=message.id, code="protocol_error", message=text))
+        elif (refusal := self._refusal(peer)) is not None:
+            self._service.count_error(refusal.code)
+            self._say(peer, quire.Error(id=message.id, code=refusal.code, message=refusal.message))
         elif not message.id or len(message.id) > 200 or message.id in peer.tasks:
             text = "id must be 1 to 200 characters, and of no other running request"
             self._say(peer, _protocol_error(text))
@@ -153,6 +158,18 @@ class ZmqServer:
             self._peers[peer.identity] = peer
             task = peer.tasks[message.id] = asyncio.get_running_loop().create_task(self._serve(peer, message))
             task.add_done_callback(functools.partial(self._ended, peer, message.id))
+
+    def _refusal(self, peer: Peer) -> QuireError | None:
+        """Why a client's requests are not served: it has not said hello, or its key is none any more."""
+        holder = self._greeted.get(peer.identity)
+        if not self._keys.required:
+            text = f"say hello first, with protocol {quire.PROTOCOL_VERSION}"
+            return None if holder is not None else QuireError("protocol_error", text)
+        if holder is None:
+            return QuireError("invalid_api_key", _NO_KEY)
+        if not self._keys.holds(holder):
+            return QuireError("invalid_api_key", "the API key is no longer valid")
+        return None
 
     def _greet(self, peer: Peer, hello: quire.Hello) -> None:
         if hello.protocol != quire.PROTOCOL_VERSION:
@@ -162,7 +179,20 @@ class ZmqServer:
             )
             self._say(peer, _protocol_error(text))
             return
-        self._greeted[peer.identity] = None
+        self._greeted.pop(peer.identity, None)
+        if self._keys.required:
+            if not peer.identity.startswith(b"\0"):
+                # Once it has left, anybody could come back under a name of its own choice, and need no key.
+                text = "with API keys, a client must not set its ZeroMQ identity"
+                self._say(peer, _protocol_error(text))
+                return
+            holder = self._keys.holder(hello.api_key.encode())
+            if holder is None:
+                self._say(peer, quire.Error(id="", code="invalid_api_key", message=_NO_KEY))
+                return
+            self._greeted[peer.identity] = holder
+        else:
+            self._greeted[peer.identity] = ""
         if len(self._greeted) > MAX_GREETED:
             del self._greeted[next(identity for identity in self._greeted if identity not in self._peers)]
         models = [self._service.model.name]

@@ -6,6 +6,7 @@ Names make a peer's restart harmless: the new process takes the old one's place 
 
 from __future__ import annotations
 
+import os
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -37,6 +38,15 @@ def _options(socket: zmq.Socket[Any], *, name: str | None, router: bool) -> None
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
 
 
+def bind_private(socket: zmq.Socket[Any], address: str) -> None:
+    """Bind to an ipc:// address whose file only this user may open, from its first moment on."""
+    mask = os.umask(0o177)
+    try:
+        socket.bind(address)
+    finally:
+        os.umask(mask)
+
+
 class Server(Generic[T]):
     """Binds `address`; receives frames of `T` from named peers and answers them by name.
 
@@ -49,7 +59,7 @@ class Server(Generic[T]):
     def __init__(self, context: zmq.Context[Any], address: str, union: Any) -> None:
         self.socket = context.socket(zmq.ROUTER)
         _options(self.socket, name=None, router=True)
-        self.socket.bind(address)
+        bind_private(self.socket, address)
         self._decoder: msgspec.msgpack.Decoder[list[T]] = msgspec.msgpack.Decoder(list[union])
 
     def receive(self, timeout_s: float | None = None) -> tuple[str, list[T]] | None:

@@ -8,7 +8,9 @@ default. The struct is never patched; derived choices are new values elsewhere.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,8 +28,8 @@ LogFormat = Literal["text", "json"]
 Positive = Annotated[int, Meta(ge=1)]
 
 
-def _option(help: str, group: str) -> Meta:
-    return Meta(description=help, extra={"group": group})
+def _option(help: str, group: str, *, secret: bool = False) -> Meta:
+    return Meta(description=help, extra={"group": group, "secret": secret})
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -73,6 +75,30 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         float, Meta(ge=1.5), _option("the same for a worker; one step of it must take less", "server")
     ] = 120.0
     die_with_parent: Annotated[bool, _option("end when the starting process ends (quire.LLM)", "server")] = False
+    # ---- security
+    api_key: Annotated[
+        tuple[str, ...],
+        _option(
+            "a key that clients must send; may be repeated. Better in QUIRE_API_KEY (several with commas) or a file",
+            "security",
+            secret=True,
+        ),
+    ] = ()
+    api_key_file: Annotated[
+        str | None, _option("file of keys, 'KEY' or 'NAME: KEY' a line; read again when it changes", "security")
+    ] = None
+    ssl_certfile: Annotated[str | None, _option("PEM certificate chain; HTTP is then HTTPS", "security")] = None
+    ssl_keyfile: Annotated[
+        str | None, _option("PEM key of the certificate, where it is not in ssl_certfile", "security")
+    ] = None
+    ssl_keyfile_password: Annotated[str | None, _option("password of that key", "security", secret=True)] = None
+    ssl_ca_certs: Annotated[
+        str | None, _option("PEM certificates; clients must then show one that these signed", "security")
+    ] = None
+    cors_origin: Annotated[
+        tuple[str, ...],
+        _option("web origin whose pages may call (https://host, or *); may be repeated", "security"),
+    ] = ()
     # ---- engine
     device: Annotated[Device, _option("hardware target; null: no model at all", "engine")] = "auto"
     tensor_parallel_size: Annotated[int, Meta(ge=1, le=64), _option("ranks that share one model", "engine")] = 1
@@ -104,10 +130,28 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ValueError(f"kv_gib: must be above 0, is {self.kv_gib}")
         if self.block_size is not None and self.block_size not in (8, 16, 32, 64, 128):
             raise ValueError(f"block_size: must be one of 8, 16, 32, 64, 128, is {self.block_size}")
+        if self.client_address is not None and not self.client_address.startswith("ipc://"):
+            raise ValueError("client_address: must be an ipc:// address")
+        for name in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs"):
+            if getattr(self, name) is not None and self.ssl_certfile is None:
+                raise ValueError(f"{name}: needs --ssl-certfile as well")
+        for origin in self.cors_origin:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s*]+", origin):
+                raise ValueError("cors_origin: must be * or like https://host:port, without a path")
 
     def to_json(self) -> bytes:
         """For the child processes."""
         return msgspec.json.encode(self)
+
+    def secrets(self) -> list[str]:
+        """The values that nobody may read: API keys, passwords."""
+        values = [getattr(self, name) for name in _fields_with("secret")]
+        return [text for value in values if value for text in ([value] if isinstance(value, str) else value)]
+
+    def without_secrets(self) -> Config:
+        """The same for processes that have no use for secrets."""
+        empty = {field.name: field.default for field in msgspec.structs.fields(Config)}
+        return msgspec.structs.replace(self, **{name: empty[name] for name in _fields_with("secret")})
 
     @staticmethod
     def from_json(data: bytes) -> Config:
@@ -123,11 +167,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             continue
         hint = _Hint(field.name)
         group = groups.setdefault(hint.group, parser.add_argument_group(hint.group))
-        default = "" if field.default in (None, False) else f" (default: {field.default})"
+        default = "" if field.default in (None, False, ()) else f" (default: {field.default})"
         flag = "--" + field.name.replace("_", "-")
         if hint.kind is bool:
             group.add_argument(
                 flag, action=argparse.BooleanOptionalAction, default=None, help=hint.help, dest=field.name
+            )
+        elif hint.repeatable:
+            group.add_argument(
+                flag, action="append", default=None, metavar="TEXT", help=hint.help + default, dest=field.name
             )
         elif hint.choices:
             group.add_argument(flag, choices=hint.choices, default=None, help=hint.help + default, dest=field.name)
@@ -166,27 +214,60 @@ def build(values: Mapping[str, Any]) -> Config:
     for key in values:
         if key not in known:
             raise QuireError("invalid_config", f"{key}: unknown option; see quire serve --help", key)
+    values = {name: _listed(name, value) for name, value in values.items()}
     try:
-        return msgspec.convert(dict(values), Config, strict=False)
+        return msgspec.convert(values, Config, strict=False)
     except (msgspec.ValidationError, ValueError) as error:
         text = str(error)
         field = text.rsplit("$.", 1)[-1].rstrip("`") if "$." in text else text.split(":", 1)[0]
-        given = f", got {values[field]!r}" if field in values else ""
+        given = f", got {values[field]!r}" if field in values and field not in _fields_with("secret") else ""
         raise QuireError(
-            "invalid_config", f"--{field.replace('_', '-')}: {text.split(' - at')[0]}{given}", field
+            "invalid_config",
+            f"--{field.replace('_', '-')}: {text.split(' - at')[0].removeprefix(field + ': ')}{given}",
+            field,
         ) from None
+
+
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for processes that have no use for secrets."""
+    secret = {"QUIRE_" + name.upper() for name in _fields_with("secret")}
+    return {name: value for name, value in environment.items() if name not in secret}
+
+
+def _fields_with(mark: str) -> list[str]:
+    """Names of the fields whose option has a mark."""
+    names = [field.name for field in msgspec.structs.fields(Config)]
+    return [name for name in names if _Hint(name).extra[mark]]
+
+
+def _listed(name: str, value: Any) -> Any:
+    """The text of an environment variable as the list that a repeatable option is."""
+    if not isinstance(value, str) or not _Hint(name).repeatable:
+        return value
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    if not parts:  # most likely an unset secret: to go on without keys would open the server
+        text = f"QUIRE_{name.upper()}: is set but empty; unset it, or give it a value"
+        raise QuireError("invalid_config", text, name)
+    return parts
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(Config, include_extras=True)
 
 
 class _Hint:
     """What the flag of a field looks like, read from its annotation."""
 
     def __init__(self, name: str) -> None:
-        hint = get_type_hints(Config, include_extras=True)[name]
+        hint = _hints()[name]
         option = next(meta for meta in hint.__metadata__ if meta.extra)
+        self.extra: dict[str, Any] = option.extra
         self.group: str = option.extra["group"]
         self.help: str = option.description
         bare = _bare(hint)
         self.choices: tuple[str, ...] = get_args(bare) if get_origin(bare) is Literal else ()
+        self.repeatable = get_origin(bare) is tuple
         self.kind: Any = bare
 
 

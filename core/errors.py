@@ -27,6 +27,7 @@ CODES: dict[str, tuple[int, str]] = {
     "model_not_found": (404, "invalid_request_error"),
     "method_not_allowed": (405, "invalid_request_error"),
     "body_too_large": (413, "invalid_request_error"),
+    "head_too_large": (431, "invalid_request_error"),
     # The server cannot take it now; try again later.
     "queue_full": (429, "rate_limit_error"),
     "loading": (503, "service_unavailable_error"),

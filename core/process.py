@@ -119,7 +119,7 @@ class Process:
         process = Process(
             arguments.name,
             run_dir,
-            Config.from_json((run_dir / "config.json").read_bytes()),
+            _config(arguments.config_fd, run_dir),
             msgspec.json.decode((run_dir / "model.json").read_bytes(), type=ModelInfo),
             arguments.parent or parent_pid,
         )
@@ -176,10 +176,19 @@ class Process:
             self.remove_run_dir()
 
 
+def _config(fd: int | None, run_dir: Path) -> Config:
+    """From the supervisor's memory where it gave a descriptor, else the file, which has no secrets."""
+    if fd is None:
+        return Config.from_json((run_dir / "config.json").read_bytes())
+    with open(fd, "rb") as file:
+        return Config.from_json(file.read())
+
+
 def _parse(role: str, argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"quire {role}", description="A child process of quire serve.")
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--name", required=True)
     parser.add_argument("--parent", type=int, default=None, help="pid of the supervisor")
     parser.add_argument("--fd", type=int, default=None, help="listening socket (api)")
+    parser.add_argument("--config-fd", type=int, default=None, help="the configuration with its secrets (api)")
     return parser.parse_args(argv)

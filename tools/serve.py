@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
+import ipaddress
 import logging
 import os
 import socket
+import stat
 import sys
 import time
+from pathlib import Path
 
+import setproctitle
+
+from api.keys import Keys
+from api.tls import server_context
 from core import config as configuration
 from core.config import Config
 from core.errors import QuireError
@@ -23,6 +30,7 @@ def main(argv: list[str]) -> int:
     began = time.monotonic()
     try:
         config = configuration.parse(argv)
+        hide_secrets(config, argv)
         logging.basicConfig(level=config.log_level.upper())
         if config.die_with_parent:
             die_with_parent(os.getppid())
@@ -36,6 +44,12 @@ def serve(config: Config, began: float) -> int:
     """Start the server that `config` describes and stay until it ends."""
     version = importlib.metadata.version("quire")
     say(f"Quire {version}")
+    keys = Keys(config.api_key, config.api_key_file)
+    keys.load()
+    if keys.required and not len(keys):
+        raise QuireError("invalid_config", f"--api-key-file: {config.api_key_file} holds no key", "api_key_file")
+    server_context(config)
+    check_client_address(config)
     model = resolve(
         config.model,
         served_model_name=config.served_model_name,
@@ -46,15 +60,17 @@ def serve(config: Config, began: float) -> int:
     say(f"  model        {model.name} ({model.model_type}, up to {model.max_model_len:,} tokens) from {model.path}")
     listening = bind(config)
     host, port = listening.getsockname()[:2]
+    say_who_may_enter(keys, host)
     run_dir = RunDir(str(port))
     run_dir.write("pid", str(os.getpid()).encode())
     supervisor = Supervisor(config, model, run_dir, listening.fileno(), say)
 
     def ready() -> None:
-        url = f"http://{'[' + host + ']' if ':' in host else host}:{port}"
+        scheme = "https" if config.ssl_certfile else "http"
+        url = f"{scheme}://{'[' + host + ']' if ':' in host else host}:{port}"
         run_dir.write_json("server.json", server_facts(config, model, url, run_dir))
         say(f"ready after {time.monotonic() - began:.1f} s: {model.name} on {url}  Try:")
-        say(try_it(url, model.name))
+        say(try_it(url, model.name, keys.required))
 
     try:
         return supervisor.run(ready)
@@ -90,10 +106,40 @@ def bind(config: Config) -> socket.socket:
     return listening
 
 
-def try_it(url: str, model: str) -> str:
+def say_who_may_enter(keys: Keys, host: str) -> None:
+    """The number of keys, or a warning where other machines need none."""
+    if keys.required:
+        say(f"  keys         {len(keys)}; every route but /health needs one")
+    elif not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+        say(f"  warning      whoever reaches {host} may use this server; give it keys (--api-key-file, QUIRE_API_KEY)")
+
+
+def check_client_address(config: Config) -> None:
+    """ZeroMQ replaces whatever is at an ipc address. Raises QuireError("invalid_config") where that is no socket."""
+    path = Path((config.client_address or "").removeprefix("ipc://"))
+    if config.client_address and path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
+        text = f"--client-address: {path} exists and is no socket; choose another path"
+        raise QuireError("invalid_config", text, "client_address")
+
+
+def hide_secrets(config: Config, argv: list[str]) -> None:
+    """Everybody may read a process's arguments: take the secrets out of ours."""
+    shown = [_masked(argument, config.secrets()) for argument in argv]
+    if shown != argv:
+        setproctitle.setproctitle(" ".join(["quire serve", *shown]))
+
+
+def _masked(text: str, secrets: list[str]) -> str:
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text
+
+
+def try_it(url: str, model: str, keyed: bool) -> str:
     """A curl that shows a streamed answer."""
     body = f'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "What is 47 + 385?"}}]}}'
-    return f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    key = ' -H "Authorization: Bearer $QUIRE_API_KEY"' if keyed else ""
+    return f"  curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
 
 
 def say(line: str) -> None:

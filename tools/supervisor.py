@@ -22,7 +22,7 @@ import msgspec
 import zmq
 
 from core.channel import ChannelFull, PeerGone, Server
-from core.config import Config
+from core.config import Config, without_secrets
 from core.messages import Heartbeat, Ready, Shutdown, StatsQuery, StatsReply, ToSupervisor
 from core.model_info import ModelInfo
 from core.stats import SupervisorSnapshot
@@ -123,7 +123,7 @@ class Supervisor:
     # ------------------------------------------------------------------------------------------ start
 
     def _start_all(self) -> None:
-        self.run_dir.write("config.json", self.config.to_json())
+        self.run_dir.write("config.json", self.config.without_secrets().to_json())
         self.run_dir.write("model.json", msgspec.json.encode(self.model))
         for rank in range(self.config.tensor_parallel_size):
             self._start(f"worker-{rank}")
@@ -137,12 +137,19 @@ class Supervisor:
         role = name.partition("-")[0]
         command = [sys.executable, "-P", "-m", MODULES[role], "--run-dir", str(self.run_dir.path), "--name", name]
         command += ["--parent", str(os.getpid())]
-        fds: tuple[int, ...] = ()
-        if role == "api" and self.http_fd is not None:
-            command += ["--fd", str(self.http_fd)]
-            fds = (self.http_fd,)
+        fds: list[int] = []
+        if role == "api":
+            fds = [self._config_fd()]
+            command += ["--config-fd", str(fds[0])]
+            if self.http_fd is not None:
+                fds.append(self.http_fd)
+                command += ["--fd", str(self.http_fd)]
         # A group of their own: a terminal's Ctrl-C reaches the supervisor only, which ends the others in order.
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=fds, process_group=0)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, pass_fds=fds, process_group=0, env=without_secrets(os.environ)
+        )
+        if role == "api":
+            os.close(fds[0])
         old = self.children.get(name)
         if old is None:
             self.children[name] = Child(name, process)
@@ -150,6 +157,13 @@ class Supervisor:
             self.children[name] = Child(
                 name, process, restarts=old.restarts, life=old.life + 1, served=old.served, snapshot=old.snapshot
             )
+
+    def _config_fd(self) -> int:
+        """The whole configuration as a file in memory: only api processes need its secrets, and no disk sees them."""
+        fd = os.memfd_create("quire-config")
+        os.write(fd, self.config.to_json())
+        os.lseek(fd, 0, os.SEEK_SET)
+        return fd
 
     def _wait_ready(self) -> None:
         """Until every child is ready, or a signal comes."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import zmq
 from api.app import make_app
 from api.engine_client import EngineClient
 from api.http_server import HttpServer
+from api.keys import Keys
 from api.served import ServedModel
 from api.service import Service
 from api.zmq_server import ZmqServer
@@ -170,15 +172,28 @@ class FakeFigures:
 class Doors:
     """The real doors on a thread of their own: `url`, `address` (ZeroMQ), `engine`, `figures`."""
 
-    def __init__(self, folder: Path, *, tokenizers: int = 1, strict: bool = False, **engine_options: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tokenizers: int = 1,
+        strict: bool = False,
+        keys: Keys | None = None,
+        cors_origins: Sequence[str] = (),
+        tls: ssl.SSLContext | None = None,
+        **engine_options: Any,
+    ) -> None:
         self.address = f"ipc://{folder}/door"
         self.figures = FakeFigures()
         self._folder = folder
         self._tokenizers = tokenizers
         self._strict = strict
+        self._keys = Keys() if keys is None else keys
+        self._cors_origins = cors_origins
+        self._tls = tls
         self._options = {"max_live": 1000, **engine_options}
         self._listening = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self._listening.getsockname()[1]}"
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: uvloop.run(self._main()), daemon=True)
         self._thread.start()
@@ -193,11 +208,14 @@ class Doors:
         self.engine = EngineClient(links, MODEL.engine, "t.", **self._options)
         self.engine.start()
         service = Service(self.engine, MODEL, self.figures, "1.2.3", 100_000, self._strict, keep_alive_s=0.2)
-        self.http = HttpServer(make_app(service), 1)
-        door = ZmqServer(context, self.address, service)
+        app = make_app(service, self._keys, self._cors_origins)
+        self.http = HttpServer(app, 1, tls=self._tls)
+        door = ZmqServer(context, self.address, service, self._keys)
+        watching = asyncio.create_task(self._keys.watch())
         door.start()
         asyncio.get_running_loop().call_later(0.05, self._ready.set)
         await self.http.run_on(self._listening)
+        watching.cancel()
         await door.stop()
         self.engine.stop()
         for link in links:

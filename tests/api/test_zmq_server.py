@@ -7,9 +7,11 @@ import contextlib
 import json
 import math
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,10 +19,12 @@ import pytest
 import zmq
 
 import quire
+from api import keys as keys_module
 from api import zmq_server
+from api.keys import Keys
 from core.messages import ChatPrompt, TokensPrompt
 from quire import Client, QuireError, SamplingParams
-from tests.api.serving import TEXT, WORDS, Doors, FakeTokenizer
+from tests.api.serving import TEXT, WORDS, Doors, FakeTokenizer, doors
 
 Pair = tuple[Doors, FakeTokenizer]
 
@@ -305,3 +309,108 @@ def test_find_servers(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         place.mkdir(parents=True)
         (place / "server.json").write_text(json.dumps({"client_address": f"ipc://{name}", "pid": pid}))
     assert [server["client_address"] for server in quire.find_servers()] == ["ipc://alive"]
+
+
+KEY = "sk-of-alice"
+
+
+@pytest.fixture
+def key_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(keys_module, "CHECK_S", 0.01)
+    file = folder / "keys"
+    file.write_text(f"alice: {KEY}\n")
+    return file
+
+
+@pytest.fixture
+def keyed(folder: Path, key_file: Path) -> Iterator[Pair]:
+    keys = Keys([], str(key_file))
+    keys.load()
+    with doors(folder, keys=keys) as running:
+        yield running
+
+
+def test_only_this_user_may_open_the_socket(pair: Pair) -> None:
+    assert stat.S_IMODE(os.stat(pair[0].address.removeprefix("ipc://")).st_mode) == 0o600
+
+
+def test_a_key_opens_the_door(keyed: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QUIRE_API_KEY", raising=False)
+    with Client(keyed[0].address, timeout_s=10, api_key=KEY) as client:
+        assert client.generate(None, "abc").text == TEXT
+        assert client.stats()["state"] == "ready"
+    monkeypatch.setenv("QUIRE_API_KEY", f" {KEY} ,another")
+    with Client(keyed[0].address, timeout_s=10) as client:
+        assert client.models()[0]["id"] == "tiny-chat"
+
+
+@pytest.mark.parametrize("key", [None, "", "wrong", KEY[:-1], KEY + " "])
+def test_without_the_key_nothing_is_answered(keyed: Pair, monkeypatch: pytest.MonkeyPatch, key: str | None) -> None:
+    monkeypatch.delenv("QUIRE_API_KEY", raising=False)
+    for call in ("generate", "models", "stats"):
+        with Client(keyed[0].address, timeout_s=10, api_key=key) as client, pytest.raises(QuireError) as caught:
+            getattr(client, call)(*((None, "abc") if call == "generate" else ()))
+        assert caught.value.code == "invalid_api_key"
+    assert keyed[1].requests == []
+    assert keyed[0].engine.counts.errors["invalid_api_key"] == 3
+
+
+async def test_async_client_with_and_without_the_key(keyed: Pair) -> None:
+    async with quire.AsyncClient(keyed[0].address, timeout_s=10, api_key=KEY) as client:
+        assert (await client.generate(None, "abc")).text == TEXT
+    async with quire.AsyncClient(keyed[0].address, timeout_s=10, api_key="wrong") as client:
+        with pytest.raises(QuireError) as caught:
+            await client.generate(None, "abc")
+    assert caught.value.code == "invalid_api_key"
+
+
+def test_a_hello_without_a_key_is_told_so(keyed: Pair) -> None:
+    raw = Raw(keyed[0].address)
+    try:
+        for hello in ({"type": "hello", "protocol": 1}, {"type": "hello", "protocol": 1, "api_key": "wrong"}):
+            (error,) = raw.ask(pack(hello))
+            assert (error["type"], error["id"], error["code"]) == ("error", "", "invalid_api_key")
+            (error,) = raw.ask(pack({"type": "models", "id": "m"}))
+            assert (error["id"], error["code"]) == ("m", "invalid_api_key")
+        (welcome,) = raw.ask(pack({"type": "hello", "protocol": 1, "api_key": KEY}))
+        assert welcome["type"] == "welcome"
+        (models,) = raw.ask(pack({"type": "models", "id": "m"}))
+        assert models["type"] == "models"
+        # A later hello with another key takes the place of the first.
+        raw.ask(pack({"type": "hello", "protocol": 1, "api_key": "wrong"}))
+        (error,) = raw.ask(pack({"type": "models", "id": "m"}))
+        assert error["code"] == "invalid_api_key"
+    finally:
+        raw.socket.close(0)
+        raw.context.term()
+
+
+def test_a_revoked_key_opens_nothing_more(keyed: Pair, key_file: Path) -> None:
+    raw = Raw(keyed[0].address)
+    try:
+        (welcome,) = raw.ask(pack({"type": "hello", "protocol": 1, "api_key": KEY}))
+        assert welcome["type"] == "welcome"
+        key_file.write_text("bob: another-key\n")
+        deadline = time.monotonic() + 5
+        while (answer := raw.ask(pack({"type": "models", "id": "m"}))[0])["type"] == "models":
+            assert time.monotonic() < deadline
+        assert answer["code"] == "invalid_api_key"
+        assert "no longer valid" in answer["message"]
+    finally:
+        raw.socket.close(0)
+        raw.context.term()
+
+
+def test_a_name_of_ones_own_is_refused_with_keys(keyed: Pair) -> None:
+    context: zmq.Context[Any] = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.IDENTITY, b"alice")
+    socket.connect(keyed[0].address)
+    try:
+        socket.send(pack({"type": "hello", "protocol": 1, "api_key": KEY}, {"type": "models", "id": "m"}))
+        assert socket.poll(3000)
+        errors = msgspec.msgpack.decode(socket.recv())
+        assert [(error["id"], error["code"]) for error in errors] == [("", "protocol_error"), ("m", "invalid_api_key")]
+    finally:
+        socket.close(0)
+        context.term()

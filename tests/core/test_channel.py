@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,3 +135,13 @@ async def test_the_same_on_asyncio(address: str) -> None:
     with pytest.raises(PeerGone):
         await server.asend("api-1", [Started("r1", 4)])
     wires.close()
+
+
+def test_only_this_user_may_open_a_socket(wires: Wires) -> None:
+    before = os.umask(0)
+    try:
+        wires.server()
+        assert os.umask(0) == 0  # as it was
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(os.stat(wires.address.removeprefix("ipc://")).st_mode) == 0o600

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from core.config import Config, parse
+from core.config import Config, parse, without_secrets
 from core.errors import QuireError
 
 
@@ -48,6 +48,11 @@ def test_json_round_trip() -> None:
         (["--kv-gib", "nan"], ["--kv-gib", "above 0"]),
         (["--block-size", "7"], ["--block-size", "16", "7"]),
         (["--config", "/no/such.toml"], ["--config", "No such file"]),
+        (["--client-address", "tcp://1.2.3.4:5"], ["--client-address", "ipc://", "tcp://1.2.3.4:5"]),
+        (["--ssl-keyfile", "key.pem"], ["--ssl-keyfile", "--ssl-certfile", "key.pem"]),
+        (["--cors-origin", "example.org"], ["--cors-origin", "https://host:port", "example.org"]),
+        (["--cors-origin", "https://example.org/"], ["--cors-origin", "without a path"]),
+        (["--cors-origin", "*", "--cors-origin", "https://*.org"], ["--cors-origin", "https://*.org"]),
     ],
 )
 def test_errors(argv: list[str], words: list[str]) -> None:
@@ -66,3 +71,44 @@ def test_an_unknown_key_in_the_file(tmp_path: Path) -> None:
     path.write_text("port = = 1\n")
     with pytest.raises(QuireError, match="not valid TOML"):
         parse(["--config", str(path)], {})
+
+
+def test_keys_from_flags_the_environment_and_a_file(tmp_path: Path) -> None:
+    environment = {"QUIRE_API_KEY": "c, d,"}
+    assert parse([], environment).api_key == ("c", "d")
+    assert parse(["--api-key", "a", "--api-key=b,b"], environment).api_key == ("a", "b,b")
+    path = tmp_path / "quire.toml"
+    path.write_text("api_key = ['e', 'f']\ncors_origin = 'https://one.example,http://localhost:3000'\n")
+    config = parse(["--config", str(path)], {})
+    assert config.api_key == ("e", "f")
+    assert config.cors_origin == ("https://one.example", "http://localhost:3000")
+
+
+@pytest.mark.parametrize("value", ["", " ", ","])
+def test_an_empty_key_variable_opens_nothing(value: str) -> None:
+    with pytest.raises(QuireError, match="QUIRE_API_KEY: is set but empty"):
+        parse([], {"QUIRE_API_KEY": value})
+
+
+def test_secrets_stay_where_they_belong() -> None:
+    argv = ["--api-key", "sk-1", "--api-key", "sk-2", "--ssl-certfile", "c", "--ssl-keyfile-password", "pass-3"]
+    config = parse([*argv, "--port", "7"], {})
+    assert sorted(config.secrets()) == ["pass-3", "sk-1", "sk-2"]
+    public = config.without_secrets()
+    assert public == parse(["--ssl-certfile", "c", "--port", "7"], {})
+    for secret in config.secrets():
+        assert secret not in repr(public)
+    environment = {"QUIRE_API_KEY": "x", "QUIRE_SSL_KEYFILE_PASSWORD": "y", "QUIRE_PORT": "1", "HOME": "/h"}
+    assert without_secrets(environment) == {"QUIRE_PORT": "1", "HOME": "/h"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "toml"),
+    [(["--ssl-keyfile-password", "hush"], ""), ([], "api_key = {hush = 'hush'}"), ([], "api_key = [['hush']]")],
+)
+def test_errors_do_not_tell_secrets(tmp_path: Path, argv: list[str], toml: str) -> None:
+    path = tmp_path / "quire.toml"
+    path.write_text(toml)
+    with pytest.raises(QuireError) as caught:
+        parse(["--config", str(path), *argv], {})
+    assert "hush" not in caught.value.message

@@ -190,3 +190,16 @@ def test_a_child_of_a_dead_supervisor_does_not_begin(run_dir: Path) -> None:
     command = [sys.executable, "-c", CHILD, "--run-dir", str(run_dir), "--name", "scheduler", "--parent", "1"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout) == (1, "")
+
+
+def test_the_configuration_comes_from_a_descriptor_where_there_is_one(run_dir: Path) -> None:
+    fd = os.memfd_create("config")
+    os.write(fd, Config(api_key=("sk-1",)).to_json())
+    os.lseek(fd, 0, os.SEEK_SET)
+    code = "from core.process import Process; print(*Process.start('api').config.api_key)"
+    command = [sys.executable, "-P", "-c", code, "--run-dir", str(run_dir), "--name", "api-0"]
+    told = subprocess.run(
+        [*command, "--config-fd", str(fd)], pass_fds=[fd], capture_output=True, text=True, check=True, timeout=30
+    )
+    os.close(fd)
+    assert told.stdout == "sk-1\n"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,10 @@ class Server:
         """Live child processes by their title's role ("scheduler", "worker 0" …)."""
         found = {}
         for child in psutil.Process(self.pid).children(recursive=True):
-            title = " ".join(child.cmdline())
+            try:
+                title = " ".join(child.cmdline())
+            except psutil.NoSuchProcess:  # it ended just now
+                continue
             if title.startswith("quire: "):
                 found[title.removeprefix("quire: ").strip()] = child
         return found
@@ -57,11 +61,12 @@ def free_port() -> int:
 def wait_ready(server: Server, timeout_s: float = START_S) -> None:
     """Until /health/ready answers 200; fails with the server's log when it ends or takes too long."""
     deadline = time.monotonic() + timeout_s
+    trusting = ssl._create_unverified_context() if server.url.startswith("https:") else None
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             pytest.fail(f"the server ended with {server.process.returncode}:\n{server.log.read_text()}")
         try:
-            with urllib.request.urlopen(server.url + "/health/ready", timeout=5) as answer:
+            with urllib.request.urlopen(server.url + "/health/ready", timeout=5, context=trusting) as answer:
                 if answer.status == 200:
                     return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
@@ -71,8 +76,8 @@ def wait_ready(server: Server, timeout_s: float = START_S) -> None:
 
 
 @contextmanager
-def serving(folder: Path, *args: str) -> Iterator[Server]:
-    """Start a server with extra arguments; it is gone at the end, whatever happened."""
+def serving(folder: Path, *args: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """Start a server with extra arguments and variables; it is gone at the end, whatever happened."""
     port = free_port()
     log = folder / f"serve-{port}.log"
     with log.open("wb") as out:
@@ -80,9 +85,10 @@ def serving(folder: Path, *args: str) -> Iterator[Server]:
             [sys.executable, "-P", "-m", "tools.cli", "serve", *args, "--port", str(port)],
             stdout=out,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         )
-    server = Server(process, f"http://127.0.0.1:{port}", log)
+    scheme = "https" if "--ssl-certfile" in args else "http"
+    server = Server(process, f"{scheme}://127.0.0.1:{port}", log)
     try:
         wait_ready(server)
         yield server

@@ -44,6 +44,10 @@ if plan == "slow":
     time.sleep(3600)  # loads a large model
 process = Process.start(name.partition("-")[0])
 first = not any(line == f"ready {name}\\n" for line in open(os.environ["LOG"]))
+if process.config.secrets():
+    print("configured-secret", name, file=log)
+if "QUIRE_API_KEY" in os.environ:
+    print("inherited-secret", name, file=log)
 process.ready("fine", facts={f"fact.{name}": 1})
 process.beat(TokenizerSnapshot(live=5))
 print("ready", name, file=log)
@@ -134,6 +138,21 @@ def test_start_and_orderly_stop(stage: Stage) -> None:
     ]
     assert any(line.startswith("  scheduler    ready after") and line.endswith("fine") for line in stage.said)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_secrets_reach_api_processes_only(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUIRE_API_KEY", "sk-1")
+
+    def look(supervisor: Supervisor) -> None:
+        files = [path.read_text() for path in supervisor.run_dir.path.iterdir() if path.is_file()]
+        assert any('"api_key"' in content for content in files)
+        assert not any("sk-1" in content for content in files)
+        supervisor.children["api-0"].process.kill()
+        until(lambda: stage.lines("ready").count("api-0") == 2)
+
+    assert stage.run({}, look, api_key=("sk-1",)) == 0
+    assert stage.lines("configured-secret") == ["api-0", "api-0"]  # also the one that was started again
+    assert stage.lines("inherited-secret") == []
 
 
 def test_stats_queries_are_answered_with_everybodys_snapshots(stage: Stage) -> None:

@@ -76,9 +76,10 @@ def shares_table(results: list[dict[str, Any]]) -> str:
 
 def _loads(options: argparse.Namespace) -> list[Load]:
     url = (options.url or _local_url()).rstrip("/").removesuffix("/v1")
+    key = options.key or (None if options.url else quire.default_api_key())
     load = Load(
         url=url,
-        model=options.model or _first_model(url, options.key),
+        model=options.model or _first_model(url, key),
         num_requests=options.turns,
         concurrency=1,
         prompt_tokens=options.prompt_tokens,
@@ -90,7 +91,7 @@ def _loads(options: argparse.Namespace) -> list[Load]:
         turns=options.turns,
         temperature=options.temperature,
         seed=options.seed,
-        key=options.key,
+        key=key,
         chat=options.chat,
         tokenizer=options.tokenizer,
         timeout_s=options.timeout_s,
@@ -167,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     server = parser.add_argument_group("server")
     server.add_argument("--url", help="default: this user's newest running Quire")
     server.add_argument("--model", help="default: the first that the server lists")
-    server.add_argument("--key", help="API key")
+    server.add_argument("--key", help="API key; default: QUIRE_API_KEY for a Quire of this user, else none")
     server.add_argument(
         "--server-pid", type=int, help="root process of a local server that is not Quire, for CPU shares"
     )
