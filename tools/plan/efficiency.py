@@ -43,7 +43,6 @@ class Point:
     load: Load
     limit: Limit
     layers: int
-    tokens_per_s: float
     step_s: float
     ttft_s: float
     fit: bool
@@ -136,23 +135,21 @@ def _at_least_zero(measured: list[float], known: list[float], columns: list[list
     target = 1 - np.array(known) / scale
     matrix = np.array(columns) / scale[:, None]
     kept = list(range(matrix.shape[1]))
-    while True:
+    while kept:
         found = np.linalg.lstsq(matrix[:, kept], target, rcond=None)[0]
         if found.min() >= 0:
             break
         del kept[int(found.argmin())]
-    result = [0.0] * matrix.shape[1]
-    for index, value in zip(kept, found, strict=True):
-        result[index] = float(value)
-    return result
+    return [float(found[kept.index(column)]) if column in kept else 0.0 for column in range(matrix.shape[1])]
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """measured.toml with the limit of every load."""
+    """measured.toml with the limit of every load. stack_tokens_per_s: everything but the model, on two cores."""
 
     date: str
     gpu: str
+    stack_tokens_per_s: float
     points: list[Point]
 
     @staticmethod
@@ -175,13 +172,12 @@ class Measured:
                         load=load,
                         limit=limit_of(share, rates, load),
                         layers=model.config.num_layers,
-                        tokens_per_s=cells["tokens_per_s"],
                         step_s=(ttft_s + (load.output_tokens - 1) * tpot_s) / load.output_tokens,
                         ttft_s=ttft_s,
                         fit=cells["fit"],
                     )
                 )
-        return Measured(file["date"], file["gpu"], points)
+        return Measured(file["date"], file["gpu"], file["stack_tokens_per_s"], points)
 
     def half(self, fit: bool) -> list[Point]:
         """The half that is fitted, or the one that judges."""

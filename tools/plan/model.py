@@ -1,4 +1,4 @@
-"""PlannedModel: a checkpoint that nobody has loaded, as its config.json describes it. Share: what one rank has of it."""
+"""PlannedModel: a checkpoint as its config.json describes it. Share: what one rank has of it."""
 
 from __future__ import annotations
 
