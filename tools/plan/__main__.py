@@ -25,7 +25,7 @@ EXAMPLES = """examples:
   quire plan Qwen/Qwen3-8B --price-per-hour h200=3.5,h100=2.5 --api-price-per-million 0.6
   quire plan tiny-chat --json | jq '.plans[0].expected'"""
 
-LEAST_WIDTH = 132  # of the table; a narrower terminal breaks its lines itself
+LEAST_WIDTH = 138  # of the table; a narrower terminal breaks its lines itself
 
 
 def main(argv: list[str] | None = None) -> int:
