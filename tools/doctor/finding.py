@@ -13,7 +13,8 @@ Status = Literal["ok", "skipped", "warning", "problem"]
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """`name` is stable: a check has the same one on every machine. `fix`: what to do, of a warning or problem."""
+    """`name` is stable; a GPU is "gpu 0" when all is well, else there is one finding for each thing that is not ("gpu 0
+    clocks", memory, power, errors, mode). `fix`: what to do, of a warning or problem."""
 
     name: str
     status: Status

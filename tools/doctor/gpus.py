@@ -8,7 +8,7 @@ from typing import Any
 import pynvml
 
 from core.config import Config
-from tools.doctor.finding import Finding
+from tools.doctor.finding import Finding, Status
 
 # Why clocks are lower than they could be: bit -> (name, whether the machine has a fault, what to do).
 REASONS: dict[int, tuple[str, bool, str]] = {
@@ -98,7 +98,8 @@ def _device(index: int, handle: Any) -> list[Finding]:
     name, memory = _text(_ask(pynvml.nvmlDeviceGetName, handle)), _ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
     heat = _ask(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU)
     clock = _ask(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_SM)
-    text = f"{name}, {memory.total / 2**30:.1f} GiB, not throttled, up to {clock} MHz, {heat} °C"
+    size = "memory unknown" if memory is None else f"{memory.total / 2**30:.1f} GiB"
+    text = f"{name}, {size}, not throttled, up to {clock} MHz, {heat} °C"
     return [Finding(f"gpu {index}", "ok", text)]
 
 
@@ -123,7 +124,7 @@ def _clocks(name: str, handle: Any) -> Finding | None:
     most = _ask(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_SM)
     heat = _ask(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU)
     text = f"throttled: {', '.join(reason[0] for reason in reasons)}; {now} of {most} MHz, {heat} °C"
-    status = "problem" if any(reason[1] for reason in reasons) else "warning"
+    status: Status = "problem" if any(reason[1] for reason in reasons) else "warning"
     return Finding(f"{name} clocks", status, text, reasons[0][2])
 
 
@@ -157,12 +158,15 @@ def _errors(name: str, handle: Any) -> Finding | None:
 
 
 def _mode(name: str, handle: Any) -> Finding | None:
-    if (_ask(pynvml.nvmlDeviceGetMigMode, handle) or [0])[0]:
-        text = "it is divided into instances (MIG): each has a part of its memory and bandwidth"
-        return Finding(f"{name} mode", "warning", text, "nvidia-smi --multi-instance-gpu=0 gives the whole GPU")
     mode = _ask(pynvml.nvmlDeviceGetComputeMode, handle)
     if mode == pynvml.NVML_COMPUTEMODE_PROHIBITED:
         return Finding(f"{name} mode", "problem", "it refuses computing", "nvidia-smi --compute-mode=0")
+    if (_ask(pynvml.nvmlDeviceGetMigMode, handle) or [0])[0]:
+        text = "it is divided into instances (MIG): each has a part of its memory and bandwidth"
+        return Finding(f"{name} mode", "warning", text, "nvidia-smi --multi-instance-gpu=0 gives the whole GPU")
+    if _ask(pynvml.nvmlDeviceGetPersistenceMode, handle) == pynvml.NVML_FEATURE_DISABLED:
+        text = "persistence mode is off: the first start after a pause waits for the driver"
+        return Finding(f"{name} mode", "warning", text, "nvidia-smi --persistence-mode=1")
     return None
 
 

@@ -18,7 +18,7 @@ import quire
 from core.config import Config
 from core.errors import QuireError
 from core.model_info import BUILTIN
-from tools.doctor.finding import Finding
+from tools.doctor.finding import Finding, Status
 from tools.run_dir import check_length, private_root
 from tools.serve import bind
 
@@ -49,13 +49,10 @@ def open_files(config: Config) -> Finding:
     text = f"{_number(soft)} open files per process"
     if soft in (-1, resource.RLIM_INFINITY) or soft >= wanted:
         return Finding("open files", "ok", text)
-    fix = f"ulimit -n {wanted}" if hard in (-1, resource.RLIM_INFINITY) or hard >= wanted else (
-        f"raise the hard limit (now {_number(hard)}) to {wanted} in limits.conf or the service, or lower "
-        "--max-queued-requests"
-    )  # fmt: skip
-    text += (
-        f"; --max-queued-requests {config.max_queued_requests} over {config.api_workers} api processes need {wanted}"
-    )
+    fix = f"ulimit -n {wanted}"
+    if hard not in (-1, resource.RLIM_INFINITY) and hard < wanted:
+        fix = f"raise the hard limit of {hard:,} (limits.conf, or the service's), or lower --max-queued-requests"
+    text += f"; --max-queued-requests {config.max_queued_requests} needs {wanted} in each of {config.api_workers} apis"
     return Finding("open files", "problem" if soft < 2 * SPARE_FILES else "warning", text, fix)
 
 
@@ -70,7 +67,7 @@ def shared_memory(config: Config, folder: Path = Path("/dev/shm")) -> Finding:
     if size.free >= wanted:
         return Finding("shared memory", "ok", text)
     fix = "start the container with --shm-size=8g or --ipc=host, or remove what lies there"
-    status = "problem" if config.tensor_parallel_size > 1 else "warning"
+    status: Status = "problem" if config.tensor_parallel_size > 1 else "warning"
     return Finding("shared memory", status, f"{text}; {_size(wanted)} are wanted", fix)
 
 
@@ -149,7 +146,7 @@ def hub_access(config: Config) -> Finding:
     if error is None:
         return Finding("hub", "ok", f"{hub.ENDPOINT} answers")
     fix = "look at the network and HTTPS_PROXY; HF_HUB_OFFLINE=1 saves the attempts; folders are served without it"
-    status = "problem" if wanted and not cached else "warning"
+    status: Status = "problem" if wanted and not cached else "warning"
     return Finding("hub", status, f"{hub.ENDPOINT} does not answer: {error}", fix)
 
 
