@@ -61,18 +61,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def examine(config: Config) -> list[Finding]:
     """All checks for a server of this configuration."""
-    probe = software.Probe()
-    of_system = [
-        system.processors(),
-        system.open_files(config),
-        system.shared_memory(config),
-        system.sockets(config),
-        system.port(config),
-        *system.kernel_cache(config),
-        system.download_folder(config),
-        system.hub_access(config),
-    ]
-    installed = probe.result()
+    with software.Probe() as probe:
+        of_system = [
+            system.processors(),
+            system.open_files(config),
+            system.shared_memory(config),
+            system.sockets(config),
+            system.port(config),
+            *system.kernel_cache(config),
+            system.download_folder(config),
+            system.hub_access(config),
+        ]
+        installed = probe.result()
     with Driver() as driver:
         of_gpus = driver.check(config, installed.cuda_build)
         of_software = software.packages(installed, config, driver.num_gpus)

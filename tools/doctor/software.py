@@ -68,7 +68,7 @@ class Installed(msgspec.Struct, frozen=True):
 
 
 class Probe:
-    """The other process. Begun early: it takes seconds, in which other checks run."""
+    """The other process between `with`. Begun early: it takes seconds, in which other checks run."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -79,13 +79,18 @@ class Probe:
             text=True,
         )
 
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self._process as process:  # closes the pipes and waits
+            process.kill()
+
     def result(self) -> Installed:
         """Wait for it. A process that dies or hangs is an error of torch."""
         try:
             out, err = self._process.communicate(timeout=TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.communicate()
             return Installed(torch_error=f"importing it took more than {TIMEOUT_S:.0f} s")
         try:
             found: Any = json.loads(out.strip().splitlines()[-1])

@@ -52,7 +52,7 @@ def open_files(config: Config) -> Finding:
     fix = f"ulimit -n {wanted}"
     if hard not in (-1, resource.RLIM_INFINITY) and hard < wanted:
         fix = f"raise the hard limit of {hard:,} (limits.conf, or the service's), or lower --max-queued-requests"
-    text += f"; --max-queued-requests {config.max_queued_requests} needs {wanted} in each of {config.api_workers} apis"
+    text += f"; --max-queued-requests {config.max_queued_requests} needs {wanted} in an api process"
     return Finding("open files", "problem" if soft < 2 * SPARE_FILES else "warning", text, fix)
 
 
@@ -111,8 +111,11 @@ def download_folder(config: Config) -> Finding:
 
 
 def _disk(name: str, folder: Path, wanted: int, what: str, option: str) -> Finding:
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        return Finding(name, "warning", f"{folder}: {error.strerror}", f"move it with {option}")
     text = f"{_size(free)} free for {what} in {folder}"
     if free >= wanted:
         return Finding(name, "ok", text)

@@ -29,7 +29,8 @@ def changed(**changes: Any) -> Installed:
 
 
 def test_the_probe_finds_this_installation() -> None:
-    found = Probe().result()
+    with Probe() as probe:
+        found = probe.result()
     assert (found.torch, found.torch_error) == (metadata.version("torch"), None)
     assert found.triton == metadata.version("triton")
 
@@ -46,7 +47,8 @@ def test_the_probe_finds_this_installation() -> None:
 def test_a_broken_torch_is_an_answer(monkeypatch: pytest.MonkeyPatch, program: str, words: str) -> None:
     monkeypatch.setattr(software, "PROBE", program)
     monkeypatch.setattr(software, "TIMEOUT_S", 1.0)
-    assert words in (Probe().result().torch_error or "")
+    with Probe() as probe:
+        assert words in (probe.result().torch_error or "")
 
 
 def test_all_is_well() -> None:
