@@ -91,6 +91,17 @@ def resolve(
     )
 
 
+def read_config(model: str, revision: str | None = None) -> tuple[str, dict[str, Any], int]:
+    """A checkpoint's name, its config.json and its longest sequence. From the hub, that one file is downloaded.
+
+    Raises:
+        QuireError model_invalid.
+    """
+    folder, commit = _locate(model, revision, ["config.json"])
+    config = read_json(folder / "config.json")
+    return model if model in BUILTIN or commit else folder.name, config, _max_model_len(config, None, folder)
+
+
 def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
     """A JSON object from a checkpoint. Raises QuireError model_invalid in one sentence."""
     if optional and not path.is_file():
@@ -112,8 +123,8 @@ def _invalid(text: str) -> QuireError:
     return QuireError("model_invalid", text, "model")
 
 
-def _locate(model: str, revision: str | None) -> tuple[Path, str | None]:
-    """The checkpoint's folder, and the commit when it is from the hub."""
+def _locate(model: str, revision: str | None, files: list[str] = DOWNLOADED) -> tuple[Path, str | None]:
+    """The checkpoint's folder, and the commit when it is from the hub, of which `files` are downloaded."""
     if model in BUILTIN:
         return BUILTIN[model], None
     path = Path(model).expanduser()
@@ -130,7 +141,7 @@ def _locate(model: str, revision: str | None) -> tuple[Path, str | None]:
     try:
         folder = Path(
             huggingface_hub.snapshot_download(
-                model, revision=revision, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED
+                model, revision=revision, allow_patterns=files, ignore_patterns=NOT_DOWNLOADED
             )
         )
     except errors.RepositoryNotFoundError:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from models.layers import decoder
-from models.layers.decoder import Decoder, DecoderConfig
+from models.layers import decoder_config as decoder
+from models.layers.decoder_config import DecoderConfig
 from models.layers.model_config import ModelConfig
-from models.layers.rope import rope_settings
+from models.layers.rope_settings import rope_settings
 
 ARCHITECTURES = ("Qwen2ForCausalLM",)
 WEIGHTS = decoder.WEIGHTS | decoder.QKV_BIAS
@@ -48,6 +48,3 @@ def windows(values: dict[str, Any], num_layers: int) -> tuple[int | None, ...]:
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
     first = int(read.number("max_window_layers", 28))
     return tuple(window if index >= first else None for index in range(num_layers))
-
-
-Model = Decoder

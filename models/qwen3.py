@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from models.layers import decoder
-from models.layers.decoder import Decoder, DecoderConfig
+from models.layers import decoder_config as decoder
+from models.layers.decoder_config import DecoderConfig
 from models.layers.model_config import ModelConfig
-from models.layers.rope import rope_settings
+from models.layers.rope_settings import rope_settings
 from models.qwen2 import windows
 
 ARCHITECTURES = ("Qwen3ForCausalLM",)
@@ -44,6 +44,3 @@ def config(values: dict[str, Any]) -> DecoderConfig:
         out_bias=bias,
         qk_norm=True,
     )
-
-
-Model = Decoder

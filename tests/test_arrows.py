@@ -68,6 +68,12 @@ def test_quire_py_needs_only_msgspec_and_zmq() -> None:
         ("core.tokenizer", {"torch", "transformers", "starlette"}),
         ("tools.cli", {"torch", "starlette", "zmq", "numpy", "msgspec"}),
         ("models.runtime.worker", {"torch", "transformers", "starlette"}),
+        ("models.llama", {"torch"}),
+        ("models.mistral", {"torch"}),
+        ("models.qwen2", {"torch"}),
+        ("models.qwen3", {"torch"}),
+        ("tools.plan.__main__", {"torch", "transformers", "starlette", "huggingface_hub"}),
+        ("tools.doctor.__main__", {"torch", "transformers", "starlette"}),
     ],
 )
 def test_what_a_process_loads(module: str, forbidden: set[str]) -> None:

@@ -11,6 +11,8 @@ COMMANDS = {
     "serve": ("tools.serve", "serve a model over HTTP and ZeroMQ"),
     "chat": ("tools.chat", "talk to a running server"),
     "status": ("tools.status", "what running servers and devices are doing (like nvidia-smi)"),
+    "plan": ("tools.plan.__main__", "what a model needs and does on which GPUs, and what it costs"),
+    "doctor": ("tools.doctor.__main__", "whether this machine is fit, and how to make it so"),
     "bench": ("tools.bench.__main__", "measure a server: serve, throughput, latency, startup, kernels …"),
 }
 

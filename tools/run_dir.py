@@ -23,16 +23,10 @@ class RunDir:
     """Made private (0700) for this user; removed at the end."""
 
     def __init__(self, name: str) -> None:
-        root = Path(tempfile.gettempdir(), f"quire-{os.getuid()}")
-        with contextlib.suppress(FileExistsError):  # also of a file or a link, which is refused below
-            root.mkdir(mode=0o700)
-        found = root.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-            raise QuireError("invalid_config", f"{root} must be a folder of your own with mode 0700; remove it")
+        root = private_root()
         remove_stale(root)
         self.path = root / name
-        if len(str(self.path)) > MAX_SOCKET_PATH - len("/tokenizer-00"):
-            raise QuireError("invalid_config", f"{self.path} is too long for local sockets; set TMPDIR to a short path")
+        check_length(self.path)
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir(mode=0o700)
 
@@ -49,6 +43,23 @@ class RunDir:
     def remove(self) -> None:
         """Leave nothing behind."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def private_root() -> Path:
+    """The folder of this user's servers, made when it is not there. Raises QuireError invalid_config."""
+    root = Path(tempfile.gettempdir(), f"quire-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):  # also of a file or a link, which is refused below
+        root.mkdir(mode=0o700)
+    found = root.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise QuireError("invalid_config", f"{root} must be a folder of your own with mode 0700; remove it")
+    return root
+
+
+def check_length(folder: Path) -> None:
+    """Raises QuireError invalid_config when sockets in `folder` would have too long a path."""
+    if len(str(folder)) > MAX_SOCKET_PATH - len("/tokenizer-00"):
+        raise QuireError("invalid_config", f"{folder} is too long for local sockets; set TMPDIR to a short path")
 
 
 def remove_stale(root: Path) -> None:

@@ -33,9 +33,14 @@ SIGNATURES = {
 log = logging.getLogger("quire.cpu")
 
 
+def find_compiler() -> str | None:
+    """The C compiler's path."""
+    return shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+
+
 def load(cache: Path) -> ctypes.CDLL | None:
     """The library, compiled into `cache` when it is not there; None when it cannot be had, with a log line."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    compiler = find_compiler()
     if compiler is None:
         log.info("no C compiler: decoding on the CPU takes torch's way, which is slower")
         return None

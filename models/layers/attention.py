@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from hw.kvcache import LayerKV
+from core.kv_layout import LayerKV
 from hw.ops import Activation, LayerCache, StepInputs
 from models.layers.linear import Linear, Slot, row_parallel
 from models.layers.norm import Norm
 from models.layers.parts import Parts
+from models.layers.sharing import share_kv_heads
 
 
 class Attention:
@@ -39,12 +40,7 @@ class Attention:
             raise ValueError(f"{name}: {num_heads} heads cannot share {num_kv_heads} K/V heads equally")
         _, self._num_heads = parts.share(num_heads, f"{name} heads")
         size, rank = parts.comm.size, parts.comm.rank
-        if num_kv_heads >= size:
-            first_kv, self._num_kv_heads = parts.share(num_kv_heads, f"{name} K/V heads")
-        elif size % num_kv_heads == 0:
-            first_kv, self._num_kv_heads = rank * num_kv_heads // size, 1
-        else:
-            raise ValueError(f"{name}: {num_kv_heads} K/V heads cannot be repeated on {size} ranks")
+        first_kv, self._num_kv_heads = share_kv_heads(num_kv_heads, rank, size, name)
         self._head_dim = head_dim
         self._rope = rope
         self._window = window

@@ -11,6 +11,7 @@ import torch
 from hw.backend import Backend
 from hw.comm import Comm
 from hw.quant.scheme import Scheme
+from models.layers.sharing import share
 
 
 class Weight(Protocol):
@@ -58,7 +59,4 @@ class Parts:
 
     def share(self, total: int, what: str) -> tuple[int, int]:
         """This rank's [start, count) of `total` equal parts. Raises ValueError when they cannot be shared equally."""
-        size, rank = self.comm.size, self.comm.rank
-        if total % size:
-            raise ValueError(f"{what}: {total} cannot be divided among {size} ranks; lower --tensor-parallel-size")
-        return rank * (total // size), total // size
+        return share(total, self.comm.rank, self.comm.size, what)

@@ -24,8 +24,7 @@ from models.runtime.loader import load_model, num_bytes
 from models.runtime.memory import plan_blocks
 from models.runtime.rendezvous import meet
 from models.runtime.runner import Limits, ModelRunner
-
-STEP_TOKENS = 2048  # most tokens of one step: a long prompt then holds the others up for one chunk, not for all of it
+from models.runtime.step import STEP_TOKENS
 
 
 def build_runner(process: Process, phases: dict[str, float]) -> ModelRunner:

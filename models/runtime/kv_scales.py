@@ -88,7 +88,7 @@ def set_kv_scales(
         return
     if not bool(torch.isfinite(largest).all()):
         raise QuireError("model_invalid", "the model computes keys or values that are not finite", "model")
-    scales = torch.where(largest > 0, largest * (MARGIN / torch.finfo(pool.layout.dtype).max), 1.0)
+    scales = torch.where(largest > 0, largest * (MARGIN / torch.finfo(pool.dtype).max), 1.0)
     pool.scales.copy_(scales)
     log.info("FP8 KV cache: scales calibrated on %d prompts; %s", len(TEXTS) + 1, _ranges(scales))
     if not bool((largest > 0).all()):

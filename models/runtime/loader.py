@@ -68,7 +68,7 @@ def load_model(
             stores_fp8 = stored.stores_fp8 if dummy else scales.__contains__
             parts = replace(parts, keeps_plain=_keeps_plain(module.WEIGHTS, stores_fp8))
             _say(stored, isinstance(parts.scheme, AdoptsFp8), dtype)
-        model: Decoder = module.Model(module.config(config), parts, num_positions)
+        model: Decoder = getattr(module, "Model", Decoder)(module.config(config), parts, num_positions)
         if dummy:
             generator = torch.Generator(backend.device).manual_seed(seed)
             for weight in parts.weights.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from core.config import Config
 from core.errors import QuireError
-from hw.kvcache import KVLayout
+from core.kv_layout import KVLayout
 
 CPU_SHARE = 0.25  # of free memory: other programs live there too
 CPU_MOST_BYTES = 4 << 30

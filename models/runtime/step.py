@@ -6,6 +6,8 @@ from typing import Protocol
 
 from core.messages import Batch, RowResult, WorkerReady
 
+STEP_TOKENS = 2048  # most tokens of one step: a long prompt then holds the others up for one chunk, not for all of it
+
 
 class BadRow(Exception):
     """A Batch asks something impossible of some rows; nothing was computed, and the worker is as usable as before."""

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from core.errors import QuireError
-from core.model_info import BUILTIN, ModelInfo, resolve
+from core.model_info import BUILTIN, ModelInfo, read_config, resolve
 from core.sampling import SamplingLimits, validate
 from quire import SamplingParams
 
@@ -164,3 +164,28 @@ def test_the_hub_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(QuireError, match="cannot get no-such/model from the hub"):
         resolve("no-such/model")
+
+
+def test_config_alone_needs_neither_weights_nor_tokenizer(folder: Path) -> None:
+    for name in ("model.safetensors", "tokenizer.json"):
+        (folder / name).unlink()
+    change(folder, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    name, config, longest = read_config(str(folder))
+    assert (name, config["num_hidden_layers"], longest) == ("checkpoint", 8, 4096)
+    assert read_config("tiny-chat")[0] == "tiny-chat"
+    (folder / "config.json").unlink()
+    with pytest.raises(QuireError, match=r"cannot read .*config\.json"):
+        read_config(str(folder))
+
+
+def test_config_alone_is_all_that_the_hub_is_asked_for(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(model: str, **options: Any) -> str:
+        asked.update(options, model=model)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    name, _, _ = read_config("owner/name", "main")
+    assert name == "owner/name"
+    assert (asked["model"], asked["revision"], asked["allow_patterns"]) == ("owner/name", "main", ["config.json"])

@@ -31,6 +31,7 @@ from hw.kvcache import KVLayout
 from hw.ops import GroupInputs, HostInputs, StepInputs
 from hw.quant.scheme import make_scheme
 from models import llama
+from models.layers.decoder import Decoder
 from models.layers.parts import Parts
 
 BANDWIDTH = 4.25e12  # bytes/s, copy
@@ -249,7 +250,7 @@ def steps(quantization: str, store: torch.dtype, layers: int) -> None:
         "rope_theta": 500000.0, "max_position_embeddings": 8192,
     })  # fmt: skip
     begin_s = time.monotonic()
-    model = llama.Model(config, parts, 8192)
+    model = Decoder(config, parts, 8192)
     generator = torch.Generator(backend.device).manual_seed(0)
     for weight in parts.weights.values():
         weight.fill(generator)
