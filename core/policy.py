@@ -7,12 +7,16 @@ the queue.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from core.request import Sequence
 
 MIN_CHUNK = 32  # a prompt never waits for ever behind a full house of decodes
-QUEUE_STEPS = 16  # the backlog of prompt tokens is to be worked off within this many steps
+QUEUE_STEPS = 64  # the backlog of prompt tokens shrinks by this share of it in every step
+BALANCE = 1.15  # a little more prefill than what keeps as many decoding as now, so that no queue builds up
+MEMORY = 64  # ended sequences over which Demand takes its means
 
 
 def order(priority: int, arrival: int, choice: int) -> tuple[int, int, int]:
@@ -20,15 +24,40 @@ def order(priority: int, arrival: int, choice: int) -> tuple[int, int, int]:
     return (priority, arrival, choice)
 
 
-def prefill_budget(num_decodes: int, backlog_tokens: int, ideal_step_tokens: int, max_step_tokens: int) -> int:
-    """Prompt tokens that may ride in a step with `num_decodes` decoding sequences.
+@dataclass(slots=True)
+class Demand:
+    """How many prompt tokens are computed for each token that is generated: running means over ended sequences."""
 
+    prompt: float = 0.0
+    output: float = 0.0
+    seen: int = 0
+
+    def observe(self, prompt_tokens: int, output_tokens: int) -> None:
+        """A sequence has ended, for which so many tokens were computed (not found in the cache) and generated."""
+        self.seen = min(self.seen + 1, MEMORY)
+        self.prompt += (prompt_tokens - self.prompt) / self.seen
+        self.output += (output_tokens - self.output) / self.seen
+
+    @property
+    def ratio(self) -> float:
+        """Prompt tokens per generated token; 0 before anything has ended."""
+        return self.prompt / max(1.0, self.output)
+
+
+def prefill_budget(
+    num_decodes: int, backlog_tokens: int, ideal_step_tokens: int, max_step_tokens: int, ratio: float = 0.0
+) -> int:
+    """Prompt tokens that may ride in a step with `num_decodes` decoding sequences; `ratio` is that of Demand.
+
+    A crowd that arrives at once is spread over steps, and so ends spread: prompts then ride along with decodes for
+    ever after, at a third of what they cost alone. Only a backlog far larger than that takes more of each step.
     Without decodes nobody's inter-token time is at stake: the step is filled to the brim.
     """
     room = max_step_tokens - num_decodes
     if num_decodes == 0:
         return room
-    budget = max(ideal_step_tokens - num_decodes, backlog_tokens // QUEUE_STEPS, MIN_CHUNK)
+    balance = math.ceil(BALANCE * num_decodes * ratio)
+    budget = max(ideal_step_tokens - num_decodes, balance, backlog_tokens // QUEUE_STEPS, MIN_CHUNK)
     return max(0, min(budget, room))
 
 

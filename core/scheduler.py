@@ -72,6 +72,7 @@ class Scheduler:
         first_step: int = 0,
     ) -> None:
         self.limits = limits
+        self.demand = policy.Demand()
         self.groups = BlockGroups(specs, num_blocks, block_size, caching)
         self.counters = Counters()
         self.requests: dict[str, Request] = {}
@@ -207,6 +208,7 @@ class Scheduler:
             self._waiting_tokens + sum(s.num_known - s.num_scheduled for s in prefills),
             self.limits.ideal_step_tokens,
             self.limits.max_step_tokens,
+            self.demand.ratio,
         )
         for sequence in prefills:
             if budget <= 0:
@@ -444,6 +446,9 @@ class Scheduler:
             self._waiting_tokens -= sequence.num_known
         sequence.state = State.FINISHED
         request = sequence.request
+        if sequence.output_ids:
+            shared = sequence.num_prompt if sequence.choice else request.cached_tokens or 0
+            self.demand.observe(sequence.num_prompt - shared, len(sequence.output_ids))
         request.unfinished -= 1
         if request.unfinished == 0:
             del self.requests[request.submit.request_id]

@@ -149,18 +149,18 @@ def attention_prefill(
         raise ValueError(f"{heads} heads of {head_dim} do not fit a cache of {tuple(k_cache.shape)}")
     if out.shape != q.shape or not (out.is_contiguous() and q.is_contiguous()):
         raise ValueError("q and out must be equal in shape and contiguous")
+    scaled = k_cache.dtype.itemsize == 1
+    if scaled and (k_scale is None or v_scale is None):
+        raise ValueError("an FP8 cache needs k_scale and v_scale")
     group = heads // kv_heads
     tile_g = triton.next_power_of_2(group)
     block_d = triton.next_power_of_2(head_dim)
-    tile_m = 64 if tokens * heads <= 16384 or block_d > 128 else 128
+    tile_m = 64 if scaled or tokens * heads <= 16384 or block_d > 128 else 128
     if q.dtype == torch.float32:
         tile_m = max(16, tile_g)
     queries = tile_m // tile_g
     # Each chunk has two tokens or more, and at most one tile that is not full.
     grid = triton.cdiv(tokens, queries) + min(seqs, tokens // 2)
-    scaled = k_cache.dtype.itemsize == 1
-    if scaled and (k_scale is None or v_scale is None):
-        raise ValueError("an FP8 cache needs k_scale and v_scale")
     attention_prefill_kernel[(grid, kv_heads)](
         q, k_cache, v_cache, block_tables, rows, query_start, seq_lens, k_scale if scaled else seq_lens,
         v_scale if scaled else seq_lens, out, seqs, block_tables.stride(0), window or 0, scale * LOG2E,

@@ -37,6 +37,8 @@ class Parts:
 def num_splits(num_seqs: int, num_kv_heads: int) -> tuple[int, int]:
     """(splits, keys of the smallest split) for at most `num_seqs` decodes: enough programs to fill the device."""
     programs = num_seqs * num_kv_heads
+    if programs <= TARGET_PROGRAMS // 32:
+        return 16, 64
     if programs <= TARGET_PROGRAMS // 8:
         return 8, 64  # latency counts, the partial results are small
     # From here on only long contexts are worth a split; programs without keys end at once, but are not free.

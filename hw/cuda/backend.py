@@ -43,7 +43,7 @@ class CudaBackend:
             kv_dtypes=("bfloat16", "float32", "fp8") if fp8 else ("bfloat16", "float32"),
             schemes=("none", "fp8") if fp8 else ("none",),
             graphs=True,
-            block_size=16,
+            block_size=32,  # with 16, an FP8 value tile is read in pieces of 64 bytes, a sixth slower
             ideal_step_tokens=160,
             memory_bytes=properties.total_memory,
         )

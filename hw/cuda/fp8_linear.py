@@ -35,26 +35,30 @@ def fp8_linear_kernel(
     acc = tl.zeros((TILE_N, TILE_M), tl.float32)
     weights = weight + n[:, None] * num_in + k[None, :]
     inputs = x + m[None, :] * num_in + k[:, None]
+    groups = x_scale + split * split_in // TILE_K * tokens + m
+    real = m < tokens
+    first = tl.load(weights)  # no kernel writes weights: their first tile is under way while the previous kernel ends
     wait(PDL)
     launch_next(PDL)
+    first_inputs = tl.load(inputs, mask=real[None, :], other=0.0)
     if GROUPED:
-        scales = x_scale + split * split_in // TILE_K * tokens + m
-        scale = tl.load(scales, mask=m < tokens, other=0.0)
-    for at in range(0, split_in, TILE_K):
+        first_scale = tl.load(groups, mask=real, other=0.0)
+        scale = tl.load(groups + tokens, mask=real & (split_in > TILE_K), other=0.0)
+    for at in range(TILE_K, split_in, TILE_K):
         w = tl.load(weights + at)
-        a = tl.load(inputs + at, mask=(m < tokens)[None, :], other=0.0)
+        a = tl.load(inputs + at, mask=real[None, :], other=0.0)
         if GROUPED:
-            following = tl.load(
-                scales + (at // TILE_K + 1) * tokens, mask=(m < tokens) & (at + TILE_K < split_in), other=0.0
-            )
+            following = tl.load(groups + (at // TILE_K + 1) * tokens, mask=real & (at + TILE_K < split_in), other=0.0)
             acc += fp8_dot(w, a, tl.zeros((TILE_N, TILE_M), tl.float32)) * scale[None, :]
             scale = following
         else:
             acc = fp8_dot(w, a, acc)
+    if GROUPED:
+        acc += fp8_dot(first, first_inputs, tl.zeros((TILE_N, TILE_M), tl.float32)) * first_scale[None, :]
+    else:
+        acc = fp8_dot(first, first_inputs, acc)
     where = (split * tokens + m)[:, None] * num_out + out[None, :]
-    tl.store(
-        parts + where, tl.trans(acc).to(parts.dtype.element_ty), mask=(m < tokens)[:, None] & (out < num_out)[None, :]
-    )
+    tl.store(parts + where, tl.trans(acc).to(parts.dtype.element_ty), mask=real[:, None] & (out < num_out)[None, :])
 
 
 def splits_for(num_out: int, num_in: int) -> int | None:

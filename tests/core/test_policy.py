@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from core.messages import Submit
-from core.policy import MIN_CHUNK, QUEUE_STEPS, order, prefill_budget, victim
+from core.policy import BALANCE, MIN_CHUNK, QUEUE_STEPS, Demand, order, prefill_budget, victim
 from core.request import Request, Sequence
 from quire import SamplingParams
 
@@ -33,8 +36,20 @@ def test_with_decodes_a_step_stays_at_the_ideal_size() -> None:
 
 
 def test_a_backlog_widens_the_step() -> None:
-    assert prefill_budget(10, 8000, 160, 2048) == 8000 // QUEUE_STEPS
+    assert prefill_budget(10, 80_000, 160, 2048) == 80_000 // QUEUE_STEPS > 150
     assert prefill_budget(10, 10**6, 160, 2048) == 2038  # but never past the limit
+
+
+def test_prompts_keep_step_with_what_is_generated() -> None:
+    demand = Demand()
+    assert demand.ratio == 0
+    for _ in range(1000):
+        demand.observe(512, 256)
+    assert demand.ratio == pytest.approx(2)
+    assert prefill_budget(100, 50, 160, 2048, demand.ratio) == math.ceil(BALANCE * 200)
+    for _ in range(1000):
+        demand.observe(10, 200)  # another load: the means follow
+    assert demand.ratio == pytest.approx(0.05, rel=0.01)
 
 
 def test_many_decodes_still_let_a_chunk_in() -> None:

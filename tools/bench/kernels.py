@@ -38,6 +38,7 @@ BANDWIDTH = 4.25e12  # bytes/s, copy
 FP8_RATE, BF16_RATE = 1350e12, 730e12  # operations/s, cuBLASLt
 L2_BYTES = 320 << 20  # rotate over this much: several times the L2
 BF16, F32, I32 = torch.bfloat16, torch.float32, torch.int32
+SIZE = 32  # tokens of a block
 HIDDEN, INTER, HEADS, KV_HEADS, DIM, VOCAB, LAYERS = 4096, 14336, 32, 8, 128, 128256, 32
 
 Call = Callable[[int], Any]
@@ -99,7 +100,7 @@ def products(pdl: bool) -> Iterator[Line]:
 def fused(pdl: bool) -> Iterator[Line]:
     weight, rope = randn(HIDDEN), torch.rand(8192, 2, DIM // 2, device="cuda")
     width = (HEADS + 2 * KV_HEADS) * DIM
-    caches = [fp8(256, KV_HEADS, 16, DIM), fp8(256, KV_HEADS, DIM, 16)]
+    caches = [fp8(256, KV_HEADS, SIZE, DIM), fp8(256, KV_HEADS, DIM, SIZE)]
     one = torch.ones((), device="cuda")
     for m in (1, 16, 64, 192, 768, 2048):
         small = m <= 32  # then the products leave parts in float32
@@ -145,7 +146,7 @@ def fused(pdl: bool) -> Iterator[Line]:
         yield f"sample random M={m}", random, 8, 4 * m * VOCAB, 0, BF16_RATE
 
 
-def batch(lens: list[int], counts: list[int], size: int = 16) -> tuple[list[torch.Tensor], int]:
+def batch(lens: list[int], counts: list[int], size: int = SIZE) -> tuple[list[torch.Tensor], int]:
     """Block tables, rows, query_start and seq_lens on the device, and the number of blocks."""
     width = max(-(-n // size) for n in lens)
     total = sum(-(-n // size) for n in lens)
@@ -169,12 +170,12 @@ def attention(pdl: bool) -> Iterator[Line]:
 
         def cache(blocks: int, store: torch.dtype = store) -> list[torch.Tensor]:
             if store is FP8:
-                return [fp8(blocks, KV_HEADS, 16, DIM), fp8(blocks, KV_HEADS, DIM, 16)]
-            return [randn(blocks, KV_HEADS, 16, DIM) for _ in range(2)]
+                return [fp8(blocks, KV_HEADS, SIZE, DIM), fp8(blocks, KV_HEADS, DIM, SIZE)]
+            return [randn(blocks, KV_HEADS, SIZE, DIM) for _ in range(2)]
 
         for seqs, length in ((1, 640), (16, 640), (64, 640), (256, 640), (1, 32768), (16, 8192)):
             data, blocks = batch([length] * seqs, [1] * seqs)
-            copies = max(1, min(8, -(-L2_BYTES // (blocks * 16 * 2 * KV_HEADS * DIM))))
+            copies = max(1, min(8, -(-L2_BYTES // (blocks * SIZE * 2 * KV_HEADS * DIM))))
 
             def decode(
                 i: int,
@@ -256,10 +257,10 @@ def steps(quantization: str, store: torch.dtype, layers: int) -> None:
         weight.fill(generator)
     torch.cuda.synchronize()
     print(f"8B {quantization}, {layers} layers: weights in {time.monotonic() - begin_s:.1f} s", flush=True)
-    layout = KVLayout.build(model.kv_layers, 16, store).with_blocks(16384)
+    layout = KVLayout.build(model.kv_layers, SIZE, store).with_blocks(8192)
     pool = backend.make_kv_cache(layout)
-    tables = torch.randint(1, 16384, (256, 512), dtype=I32, device="cuda")
-    graphs = StepGraphs(model.forward, backend.device, 2048, 256)
+    tables = torch.randint(1, 8192, (264, 512), dtype=I32, device="cuda")
+    graphs = StepGraphs(model.forward, backend.device, 2048, 264)
     for lens, counts in (
         ([640], [1]), ([640] * 8, [1] * 8), ([640] * 16, [1] * 16), ([640] * 64, [1] * 64), ([640] * 256, [1] * 256),
         ([640] * 8 + [512], [1] * 8 + [120]), ([640] * 64 + [512], [1] * 64 + [128]),
@@ -271,7 +272,7 @@ def steps(quantization: str, store: torch.dtype, layers: int) -> None:
         starts = [sum(counts[:i]) for i in range(seqs + 1)]
         positions = [n - c + i for n, c in zip(lens, counts, strict=True) for i in range(c)]
         ints = [torch.tensor(x, dtype=I32, device="cuda") for x in (list(range(seqs)), starts, lens, positions)]
-        slots = torch.randperm(16000, device="cuda")[:size].to(I32) + 16
+        slots = torch.randperm(16000, device="cuda")[:size].to(I32) + SIZE
         step = StepInputs(
             ints[0], ints[1], ints[2], torch.nn.functional.pad(ints[3], (0, size - tokens)),
             (GroupInputs(tables, slots),), tokens, seqs, seqs, max(counts), max(lens), HostInputs([], [], [], ()),

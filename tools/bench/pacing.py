@@ -1,7 +1,7 @@
 """`quire bench pacing`: pacing policies on a simulated clock; the real Scheduler, and a model of how long a step takes.
 
-What the table says is as good as the step model. Its defaults were fitted to five figures given for an H200 that serves
-an 8B model in FP8, and meet them within 5 %.
+What the table says is as good as the step model. Its defaults were fitted to ten steps measured on an H200 that serves
+an 8B model in FP8 (tools/bench/RESULTS.md), and meet them within 10 %.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ BLOCK_SIZE = 16
 AHEAD = 2  # steps: one runs, and one waits for it, as in the engine
 EVERYTHING = 1 << 40
 
-# (decoding sequences, prompt tokens that wait) -> prompt tokens that ride along
-Budget = Callable[[int, int], int]
+# (decoding sequences, prompt tokens that wait, prompt tokens per generated one) -> prompt tokens that ride along
+Budget = Callable[[int, int, float], int]
 
 
 @dataclass(frozen=True, slots=True)
 class StepModel:
     """Seconds of a step from what is in it: products by the token, attention by the cached token that is read."""
 
-    base_s: float = 3.02e-3
-    token_s: float = 9.05e-6  # each token
-    beyond_s: float = 8.57e-6  # each token beyond `knee`, in addition
-    context_s: float = 32.8e-9  # each token of context, summed over the sequences of the step
+    base_s: float = 2.73e-3
+    token_s: float = 6.0e-6  # each token
+    beyond_s: float = 5.2e-6  # each token beyond `knee`, in addition
+    context_s: float = 21.4e-9  # each token of context, summed over the sequences of the step
     knee: int = 160
 
     def step_s(self, decodes: int, prompt_tokens: int, context: int) -> float:
@@ -95,15 +95,17 @@ def budget_of(spec: str, max_step_tokens: int) -> Budget:
     match name, values:
         case "present", [] | [_]:
             ideal = values[0] if values else Limits(1, 1, 1).ideal_step_tokens
-            return lambda decodes, backlog: policy.prefill_budget(decodes, backlog, ideal, max_step_tokens)
+            return lambda decodes, backlog, ratio: policy.prefill_budget(
+                decodes, backlog, ideal, max_step_tokens, ratio
+            )
         case "greedy", []:
-            return lambda decodes, backlog: EVERYTHING
+            return lambda decodes, backlog, ratio: EVERYTHING
         case "chunk", [tokens]:
-            return lambda decodes, backlog: tokens
+            return lambda decodes, backlog, ratio: tokens
         case "idle", []:
-            return lambda decodes, backlog: 0 if decodes else EVERYTHING
+            return lambda decodes, backlog, ratio: 0 if decodes else EVERYTHING
         case "none", []:
-            return lambda decodes, backlog: 0
+            return lambda decodes, backlog, ratio: 0
     raise ValueError(f"{spec}: give present, present:IDEAL, greedy, chunk:TOKENS, idle or none")
 
 
@@ -121,7 +123,7 @@ class PacedScheduler(Scheduler):
 
     def schedule(self) -> Batch | None:
         decodes, backlog = self.ahead()
-        granted = max(0, self._budget(decodes, backlog))
+        granted = max(0, self._budget(decodes, backlog, self.demand.ratio))
         step_tokens = min(self._most, decodes + granted)
         self.limits = Limits(self.limits.max_num_seqs, step_tokens, self.limits.max_model_len, EVERYTHING)
         return super().schedule()

@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             "kv_dtype": arguments.kv_dtype,
             "load_format": "dummy",
             "max_model_len": 2048,
+            "max_num_seqs": max(map(int, arguments.rows.split(","))) + 1,
         }
     )
     model = resolve(arguments.folder, weights=False, max_model_len=2048)
@@ -76,7 +77,7 @@ class Steps:
         self.prefill = prefill
         self.position = context
         self.number = 0
-        per_row = 2048 // 16
+        per_row = 2048 // runner.ready(0, "").block_size
         sampling = SamplingParams(temperature=0.0, max_tokens=1000)
         new = [NewSequence(i, 0, [1] * context, [], sampling) for i in range(num)]
         blocks = [RowBlocks(i, 0, 0, list(range(i * per_row, (i + 1) * per_row))) for i in range(num)]

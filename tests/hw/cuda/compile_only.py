@@ -99,9 +99,9 @@ def compile_all() -> None:
     for store in (BF16, FP8):
         for dim in (64, 96, 128, 256):
             heads, kv_heads, tokens, seqs = 32, 8, 128, 64
-            cache = empty(store, 100, kv_heads, 16, dim)
+            cache = empty(store, 100, kv_heads, 32, dim)
             scale = empty(F32) if store is FP8 else None
-            v_cache = empty(store, 100, kv_heads, dim, 16) if store is FP8 else cache
+            v_cache = empty(store, 100, kv_heads, dim, 32) if store is FP8 else cache
             rope_cache(
                 product(tokens, (heads + 2 * kv_heads) * dim, 2), heads, kv_heads, dim, empty(F32, 4096, 2, dim // 2),
                 empty(I32, tokens), empty(I32, tokens), cache, v_cache, k_scale=scale, v_scale=scale, pdl=PDL,

@@ -46,7 +46,7 @@ def test_a_policy_without_prefill_starves_all() -> None:
     assert outcome.starved == 40
     assert (outcome.num_steps, outcome.prompt_tokens) == (0, 0)
     assert not figures(outcome, 6).good(1e9)
-    later = simulate(CLOSED, lambda decodes, backlog: 0 if decodes == 3 else 64, max_step_tokens=MOST)
+    later = simulate(CLOSED, lambda decodes, backlog, ratio: 0 if decodes == 3 else 64, max_step_tokens=MOST)
     assert later.starved == 0  # three decode, end, and make room again
 
 
@@ -69,14 +69,15 @@ def test_time_is_the_models() -> None:
 def test_the_default_model_meets_the_figures_it_was_fitted_to() -> None:
     model = StepModel()
     wanted = {
-        (1, 0, 640): 3.0,
-        (64, 0, 64 * 640): 5.2,
-        (256, 0, 256 * 640): 11.3,
-        (64, 128, 64 * 640 + 128): 6.3,
-        (0, 2048, 2048): 38,
+        (1, 0, 640): 2.76,
+        (64, 0, 64 * 640): 4.05,
+        (64, 128, 64 * 640 + 448): 5.15,
+        (128, 256, 128 * 640 + 2 * 448): 7.9,
+        (256, 512, 256 * 640 + 4 * 448): 14.0,
+        (0, 2048, 2048): 26.5,
     }
     for step, ms in wanted.items():
-        assert 1000 * model.step_s(*step) == pytest.approx(ms, rel=0.05)
+        assert 1000 * model.step_s(*step) == pytest.approx(ms, rel=0.1)
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -89,14 +90,15 @@ def test_a_step_carries_what_the_policy_grants(name: str) -> None:
     elif name == "greedy":
         assert max(mixed) > 100
     else:
-        # With at most 5 decodes and 600 tokens waiting the ideal rules; a step is never fuller.
+        # With at most 5 decodes and 600 tokens waiting the ideal or the balance rules; a step is never fuller.
         ideal = 64 if name == "present:64" else 160
-        assert 0 < max(mixed) <= ideal - 1
+        balance = policy.BALANCE * 5 * 1.5 * CLOSED.prompt_tokens / CLOSED.output_tokens
+        assert 0 < max(mixed) <= max(ideal - 1, balance)
 
 
 def test_present_is_the_policy_of_the_server() -> None:
     for decodes, backlog in [(0, 0), (1, 0), (200, 0), (3, 99_999)]:
-        assert budget_of("present", MOST)(decodes, backlog) == policy.prefill_budget(decodes, backlog, 160, MOST)
+        assert budget_of("present", MOST)(decodes, backlog, 0.0) == policy.prefill_budget(decodes, backlog, 160, MOST)
 
 
 def test_prefill_first_is_sooner_and_less_even_than_small_chunks() -> None:
