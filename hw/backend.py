@@ -53,6 +53,30 @@ class StepGraphs(Protocol):
         ...
 
 
+class Span(Protocol):
+    """The device's time from the call that made it to `end`: without the time in which its queue was empty before."""
+
+    def end(self) -> None:
+        """What is queued up to here belongs to it."""
+        ...
+
+    def seconds(self) -> float:
+        """How long the device took; waits for the end."""
+        ...
+
+
+class HostCopy(Protocol):
+    """A tensor on its way to the host."""
+
+    def done(self) -> bool:
+        """Whether it has arrived."""
+        ...
+
+    def wait(self) -> torch.Tensor:
+        """The host tensor, once it has arrived."""
+        ...
+
+
 class Backend(Protocol):
     """The contract of hw/<target>/backend.py."""
 
@@ -76,8 +100,12 @@ class Backend(Protocol):
         """Copy whole blocks src -> dst in all layers of a group (copy-on-write)."""
         ...
 
-    def to_host(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Start an asynchronous copy to the host; the returned function waits for it and gives the host tensor."""
+    def to_host(self, tensor: torch.Tensor) -> HostCopy:
+        """Start an asynchronous copy to the host."""
+        ...
+
+    def span(self) -> Span:
+        """Begin to measure the device's time."""
         ...
 
     def synchronize(self) -> None:

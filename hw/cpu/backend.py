@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
-from hw.backend import Capabilities, Forward, StepGraphs
+from hw.backend import Capabilities, Forward, HostCopy, Span, StepGraphs
 from hw.comm import Comm
 from hw.cpu import native
 from hw.cpu.native_ops import NativeOps
 from hw.cpu.ops import CpuOps
 from hw.kvcache import KVCachePool, KVLayout
 from hw.ops import Ops
+
+
+class CpuSpan:
+    """See Span: the device's time is the caller's."""
+
+    def __init__(self) -> None:
+        self._begin_s = self._end_s = time.perf_counter()
+
+    def end(self) -> None:
+        self._end_s = time.perf_counter()
+
+    def seconds(self) -> float:
+        return self._end_s - self._begin_s
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """See HostCopy: it is there."""
+
+    tensor: torch.Tensor
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> torch.Tensor:
+        return self.tensor
 
 
 class CpuBackend:
@@ -55,10 +82,11 @@ class CpuBackend:
                 raw = store.view(torch.uint8) if store.dtype.itemsize == 1 else store
                 raw[target] = raw[source]
 
-    def to_host(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        # A copy: the caller may overwrite the tensor before it asks.
-        copy = tensor.clone()
-        return lambda: copy
+    def to_host(self, tensor: torch.Tensor) -> HostCopy:
+        return Copied(tensor.clone())  # the caller may overwrite the tensor before it asks
+
+    def span(self) -> Span:
+        return CpuSpan()
 
     def synchronize(self) -> None:
         """Nothing is queued on a CPU."""

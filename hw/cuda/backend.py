@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from hw.backend import Capabilities, Compiling, Forward, Trace
+from hw.backend import Capabilities, Compiling, Forward, HostCopy, Span, Trace
 from hw.comm import Comm
 from hw.cuda.graphs import StepGraphs
 from hw.cuda.ops import CudaOps
@@ -25,6 +25,36 @@ log = logging.getLogger("quire.cuda")
 
 MIN_COMPUTE_CAPABILITY = (8, 0)  # bfloat16 products
 FP8_COMPUTE_CAPABILITY = (8, 9)  # e4m3 products
+
+
+class CudaSpan:
+    """See Span: two events in the current stream."""
+
+    def __init__(self) -> None:
+        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        self._begin.record()
+
+    def end(self) -> None:
+        self._end.record()
+
+    def seconds(self) -> float:
+        self._end.synchronize()
+        return float(self._begin.elapsed_time(self._end)) / 1e3
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedCopy:
+    """See HostCopy. `tensor` is pinned, and whole once `arrived` has happened."""
+
+    tensor: torch.Tensor
+    arrived: torch.cuda.Event
+
+    def done(self) -> bool:
+        return bool(self.arrived.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> torch.Tensor:
+        self.arrived.synchronize()
+        return self.tensor
 
 
 class CudaBackend:
@@ -68,17 +98,15 @@ class CudaBackend:
                 raw = store.view(torch.uint8) if store.dtype.itemsize == 1 else store
                 raw[target] = raw[source]
 
-    def to_host(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def to_host(self, tensor: torch.Tensor) -> HostCopy:
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         copy.copy_(tensor, non_blocking=True)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+        return PinnedCopy(copy, arrived)
 
-        def result() -> torch.Tensor:
-            done.synchronize()
-            return copy
-
-        return result
+    def span(self) -> Span:
+        return CudaSpan()
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)

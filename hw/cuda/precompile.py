@@ -16,7 +16,6 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NoReturn
@@ -28,8 +27,9 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from hw.backend import Trace
+from hw.backend import HostCopy, Span, Trace
 from hw.comm import Comm
+from hw.cpu.backend import Copied, CpuSpan
 from hw.cuda.backend import CudaBackend
 from hw.cuda.ops import CudaOps
 
@@ -123,8 +123,11 @@ class TraceBackend(CudaBackend):
     def free_bytes(self) -> int:
         return 1 << 40
 
-    def to_host(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        return lambda: tensor
+    def to_host(self, tensor: torch.Tensor) -> HostCopy:
+        return Copied(tensor)
+
+    def span(self) -> Span:
+        return CpuSpan()
 
 
 class TraceComm(Comm):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from core.messages import RowResult, Scheduled, TokenLogprobs
-from hw.backend import Backend
+from hw.backend import Backend, Span
 from hw.ops import SampleOutput
 
 
@@ -31,9 +31,13 @@ class HostOutput:
             for i, k in enumerate(wanted)
         ]
 
+    def done(self) -> bool:
+        """Whether all of it has arrived."""
+        return all(copy is None or copy.done() for copy in self._copies)
+
     def _list(self, index: int) -> list[Any] | None:
         copy = self._copies[index]
-        return None if copy is None else copy().tolist()
+        return None if copy is None else copy.wait().tolist()
 
 
 class RunnerStep:
@@ -42,9 +46,9 @@ class RunnerStep:
     due_s = 0.0
 
     def __init__(
-        self, scheduled: list[Scheduled], drawn: HostOutput | None, wanted: list[int | None], busy_s: float
+        self, scheduled: list[Scheduled], drawn: HostOutput | None, wanted: list[int | None], span: Span
     ) -> None:
-        self.busy_s = busy_s
+        self._span = span
         self._scheduled = scheduled
         self._drawn = drawn
         self._wanted = wanted
@@ -53,6 +57,17 @@ class RunnerStep:
     def add_prompt(self, row: int, output: HostOutput, wanted: list[int | None]) -> None:
         """Attach (the next piece of) a row's prompt log-probabilities."""
         self._prompts.setdefault(row, []).append((output, wanted))
+
+    @property
+    def busy_s(self) -> float:
+        """The device's seconds."""
+        return self._span.seconds()
+
+    def done(self) -> bool:
+        """Whether `results` has nothing to wait for."""
+        if self._drawn is not None and not self._drawn.done():
+            return False
+        return all(output.done() for pieces in self._prompts.values() for output, _ in pieces)
 
     def results(self) -> list[RowResult]:
         """One RowResult per row that has something to say; waits for the copies."""

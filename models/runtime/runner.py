@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from core.messages import Batch, Scheduled, WorkerReady
-from hw.backend import Backend, Forward, StepGraphs
+from hw.backend import Backend, Forward, Span, StepGraphs
 from hw.kvcache import KVCachePool
 from models.runtime.inputs import RowState
 from models.runtime.results import HostOutput, RunnerStep
@@ -40,7 +39,7 @@ class Current:
     hidden: torch.Tensor
     logits: torch.Tensor | None
     query_start: list[int]
-    busy_s: float
+    span: Span
 
 
 class ModelRunner:
@@ -106,7 +105,7 @@ class ModelRunner:
 
         Raises BadRow before anything is computed; any other exception leaves the device's state unknown.
         """
-        begin_s = time.perf_counter()
+        span = self._backend.span()
         self._apply(batch)
         scheduled = batch.scheduled
         num_tokens = sum(s.num_tokens for s in scheduled)
@@ -121,12 +120,11 @@ class ModelRunner:
             logits = self._logits(hidden.index_select(0, torch.tensor(last).to(hidden.device, non_blocking=True)))
         else:
             logits = None
-        self._current = Current(scheduled, hidden, logits, query_start, time.perf_counter() - begin_s)
+        self._current = Current(scheduled, hidden, logits, query_start, span)
 
     @torch.inference_mode()
     def sample(self) -> RunnerStep:
         """Draw the tokens of the step whose `forward` came last, and start their way to the host."""
-        begin_s = time.perf_counter()
         current, self._current = self._current, None
         if current is None:
             raise RuntimeError("sample() without forward()")
@@ -141,7 +139,8 @@ class ModelRunner:
             drawn = HostOutput(output, self._backend)
             wanted = [self._sampler.num_logprobs(row) for row in rows]
         prompts = self._prompt_logprobs(current)
-        step = RunnerStep(current.scheduled, drawn, wanted, current.busy_s + time.perf_counter() - begin_s)
+        current.span.end()
+        step = RunnerStep(current.scheduled, drawn, wanted, current.span)
         for row, piece, alternatives in prompts:
             step.add_prompt(row, piece, alternatives)
         return step

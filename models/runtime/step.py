@@ -25,6 +25,10 @@ class PendingStep(Protocol):
         """CLOCK_MONOTONIC time before which `results` would wait; 0 when it is not known."""
         ...
 
+    def done(self) -> bool:
+        """Whether `results` need not wait (a millisecond at most)."""
+        ...
+
     def results(self) -> list[RowResult]:
         """Wait, and give one RowResult per row that sampled or answered prompt log-probabilities."""
         ...

@@ -1,7 +1,8 @@
 """The worker process: one device. Its loop: receive, launch, answer.
 
-Batches are taken from the socket as they come, also between the two stages of a step and while a device computes, so
-that the next step is at hand when one ends. All ranks of a group run every Batch; rank 0 answers.
+Batches are taken from the socket as they come, also between the two stages of a step and while a device computes: the
+loop never waits for a step as long as another could be launched behind it, or the device would idle in between. All
+ranks of a group run every Batch; rank 0 answers.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Worker:
             self.receive(self.patience_s())
             if self.inbox and len(self.launched) < self.runner.depth:
                 self.launch(self.inbox.popleft())
-            elif self.launched and self.launched[0].pending.due_s - time.monotonic() < 0.001:
+            elif self.launched and self.launched[0].pending.done():
                 self.answer(self.launched.popleft())
             self.look_at_control()
 

@@ -24,6 +24,9 @@ class RemoteStep:
     def __init__(self, harness: Any) -> None:
         self.harness = harness
 
+    def done(self) -> bool:
+        return True
+
     def results(self) -> list[RowResult]:
         result = self.harness.receive()
         assert isinstance(result, BatchResult), result
