@@ -215,6 +215,7 @@ class Engine:
                 match message:
                     case BatchResult() if self.scheduler is not None and message.step in self.in_flight:
                         self.in_flight.discard(message.step)
+                        self.end_ungrammatical(message)
                         outputs = self.scheduler.update(message)
                         queued_s = self.meter.observe(message, outputs, self.scheduler)
                         news.append((message.step, outputs, queued_s))
@@ -223,6 +224,14 @@ class Engine:
                     case WorkerFailed() if self.scheduler is not None and message.step in self.in_flight:
                         self.fail_step(message)
         return news
+
+    def end_ungrammatical(self, result: BatchResult) -> None:
+        """End requests whose grammar cost more than it may, or was left; nobody else is touched."""
+        assert self.scheduler is not None
+        for request_id, error in self.scheduler.grammar_errors(result).items():
+            self.scheduler.abort(request_id)
+            self.meter.dropped(request_id)
+            self.tokenizers.end(Failed(request_id, "invalid_grammar", f"structured_outputs: {error}"))
 
     def register(self, ready: WorkerReady) -> None:
         """A rank is ready; with the last one, work begins, or begins again after the group's restart."""

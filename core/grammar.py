@@ -151,7 +151,8 @@ def _digits(number: str) -> int:
     shift = int(exponent or 0) - len(fraction)
     if abs(shift) > 20:
         return MAX_MULTIPLE + 1
-    return int(f"{whole}{fraction}".lstrip("+-") or "0") * 10 ** max(0, shift)
+    digits = int(f"{whole}{fraction}".lstrip("+-") or "0")
+    return digits * int("1" + "0" * max(0, shift))
 
 
 def _short(text: str) -> str:

@@ -33,31 +33,34 @@ class GrammarRow:
         self.error = ""
         self._future = matcher
         self._matcher: Matcher | None = None
+        self._num_outputs = len(new.output_ids)
         self._min_tokens = sampling.min_tokens
         self._always = _mask(new.eos_ids if sampling.ignore_eos else [], vocab_size)
         self._early = self._always | _mask([*new.eos_ids, *sampling.stop_token_ids], vocab_size)
 
-    def allowed(self, num_outputs: int) -> Mask:
-        """[ceil(vocab / 32)] int32: what may come after `num_outputs` tokens; everything once there is an error.
+    def allowed(self) -> Mask:
+        """[ceil(vocab / 32)] int32: what may come next; everything once there is an error.
 
         Ends that min_tokens or ignore_eos hold back are left out, unless nothing else is allowed: the grammar wins.
         """
         if self._matcher is None and not self.error:
-            try:
+            failure = self._future.exception()  # waits; whatever went wrong is this row's affair alone
+            if failure is None:
                 self._matcher = self._future.result()
-            except QuireError as error:
-                self.error = error.message
+            else:
+                self.error = str(failure) or type(failure).__name__
         if self._matcher is not None and not self.error:
             mask = self._matcher.allowed()
             self.error = self._matcher.error
             if not self.error:
-                held_back = mask & ~(self._early if num_outputs < self._min_tokens else self._always)
+                held_back = mask & ~(self._early if self._num_outputs < self._min_tokens else self._always)
                 return held_back if held_back.any() else mask
         return np.full_like(self._early, -1)
 
     def take(self, token_id: int) -> str:
         """Go on by a token that was drawn; returns `error`. What comes after the end changes nothing."""
         self.pending -= 1
+        self._num_outputs += 1
         if self._matcher is not None and not self.error and not self._matcher.ended:
             self._matcher.take([token_id])
             self.error = self._matcher.error
@@ -66,11 +69,10 @@ class GrammarRow:
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """What the constrained ones of some rows may draw: their indices among these rows, and masks [k, words] int32."""
+    """What the constrained ones of some rows may draw: masks [k, words] int32, and who they are, by index."""
 
-    indices: list[int]
     masks: Mask
-    rows: list[GrammarRow]
+    rows: dict[int, GrammarRow]
 
 
 class GrammarRows:
@@ -117,17 +119,17 @@ class GrammarRows:
         rows = (self._rows.get(s.row) for s in scheduled if s.sample)
         return any(row is not None and row.pending > 0 for row in rows)
 
-    def allowed(self, rows: list[int], num_outputs: list[int]) -> Allowed | None:
-        """For `rows`, which draw their token number `num_outputs` now; None when none of them is constrained."""
+    def allowed(self, rows: list[int]) -> Allowed | None:
+        """For `rows`, each of which now draws a token and is told by `take`; None when none of them is constrained."""
         if not self._rows:
             return None
-        found = [(i, self._rows[row]) for i, row in enumerate(rows) if row in self._rows]
+        found = {i: self._rows[row] for i, row in enumerate(rows) if row in self._rows}
         if not found:
             return None
-        masks = np.stack([row.allowed(num_outputs[i]) for i, row in found])
-        for _, row in found:
+        masks = np.stack([row.allowed() for row in found.values()])
+        for row in found.values():
             row.pending += 1
-        return Allowed([i for i, _ in found], masks, [row for _, row in found])
+        return Allowed(masks, found)
 
     def _ready(self) -> Grammars:
         if self._grammars is None:

@@ -17,7 +17,8 @@ _MULTIPLIER_2 = 0x846CA68B - (1 << 32)  # the same 32 bits as a signed integer
 
 def sample(logits: torch.Tensor, inputs: SampleInputs) -> SampleOutput:
     """One id per row of logits [m, vocab], by the contract of `hw.ops.Ops.sample`. `logits` is left alone."""
-    raw = logits = logits.float()
+    raw = logits.float()
+    logits = constrained(raw, inputs)
     if inputs.any_bias:
         logits = _biased(logits, inputs.bias_ids, inputs.bias_values)
     if inputs.any_penalty:
@@ -32,6 +33,17 @@ def sample(logits: torch.Tensor, inputs: SampleInputs) -> SampleOutput:
     if inputs.num_logprobs is None:
         return SampleOutput(ids)
     return logprobs(raw, ids, inputs.num_logprobs)
+
+
+def constrained(logits: torch.Tensor, inputs: SampleInputs) -> torch.Tensor:
+    """logits with what the rows' grammars do not allow at -inf; waits for no device. `logits` is left alone."""
+    if inputs.allowed is None or inputs.allowed_rows is None:
+        return logits
+    shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+    bits = (inputs.allowed.unsqueeze(2) >> shifts).bitwise_and_(1)  # an arithmetic shift; the sign goes with the mask
+    forbidden = bits.flatten(1)[:, : logits.shape[1]] == 0
+    rows = inputs.allowed_rows.long()
+    return logits.index_copy(0, rows, logits.index_select(0, rows).masked_fill_(forbidden, -torch.inf))
 
 
 def logprobs(logits: torch.Tensor, ids: torch.Tensor, num_top: int) -> SampleOutput:

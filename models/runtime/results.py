@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from core.grammar_rows import GrammarRow
 from core.messages import RowResult, Scheduled, TokenLogprobs
 from hw.backend import Backend
 from hw.ops import SampleOutput
@@ -37,25 +38,31 @@ class HostOutput:
 
 
 class RunnerStep:
-    """A step under way; see PendingStep."""
+    """A step under way; see PendingStep. `grammars`, by index among the rows that sampled, go on by what was drawn."""
 
     due_s = 0.0
 
     def __init__(
-        self, scheduled: list[Scheduled], drawn: HostOutput | None, wanted: list[int | None], busy_s: float
+        self,
+        scheduled: list[Scheduled],
+        drawn: HostOutput | None,
+        wanted: list[int | None],
+        grammars: dict[int, GrammarRow],
+        busy_s: float,
     ) -> None:
         self.busy_s = busy_s
         self._scheduled = scheduled
         self._drawn = drawn
         self._wanted = wanted
         self._prompts: dict[int, list[tuple[HostOutput, list[int | None]]]] = {}
+        self._grammars = grammars
 
     def add_prompt(self, row: int, output: HostOutput, wanted: list[int | None]) -> None:
         """Attach (the next piece of) a row's prompt log-probabilities."""
         self._prompts.setdefault(row, []).append((output, wanted))
 
     def results(self) -> list[RowResult]:
-        """One RowResult per row that has something to say; waits for the copies."""
+        """One RowResult per row that has something to say; waits for the copies. Called once."""
         ids = [] if self._drawn is None else self._drawn.ids()
         logprobs = [] if self._drawn is None else self._drawn.logprobs(self._wanted)
         results: list[RowResult] = []
@@ -64,7 +71,12 @@ class RunnerStep:
             pieces = self._prompts.get(s.row, [])
             prompt = [entry for output, wanted in pieces for line in output.logprobs(wanted) for entry in line]
             if s.sample:
-                results.append(RowResult(s.row, [ids[at]], logprobs[at], prompt))
+                grammar = self._grammars.get(at)
+                error = grammar.take(ids[at]) if grammar is not None else ""
+                if error:
+                    results.append(RowResult(s.row, [], [], prompt, error))
+                else:
+                    results.append(RowResult(s.row, [ids[at]], logprobs[at], prompt))
                 at += 1
             elif prompt:
                 results.append(RowResult(s.row, [], [], prompt))
