@@ -295,7 +295,9 @@ class Engine:
         for step_news in news:
             for request_id in self.tokenizers.publish(step_news):
                 self.abort(request_id)
-            for output in step_news[1]:
+        # Only now: a request that ends in the second of two steps has news in the first one, too.
+        for _, outputs, _ in news:
+            for output in outputs:
                 if output.finish_reason is not None and scheduler is not None and not scheduler.has(output.request_id):
                     self.tokenizers.owner.pop(output.request_id, None)
 
