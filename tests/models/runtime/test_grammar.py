@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from core.grammar import load_grammars
 from core.messages import Batch, NewSequence, RowBlocks, Scheduled
 from core.model_info import resolve
+from models.runtime.worker import Worker
 from quire import SamplingParams, StructuredOutputs
 from tests.models.runtime.driving import Driver, Stream
 from tests.models.runtime.test_runner import BLOCK, LEN, ROWS, chat, drive, runner, tokenizer
@@ -27,7 +29,7 @@ PROMPT = chat("Who is the king of Hungary?")
 EOS = tuple(MODEL.eos_ids)
 
 
-def constrained(wanted: StructuredOutputs = WANTED, **others: Any) -> SamplingParams:
+def constrained(wanted: StructuredOutputs | None = WANTED, **others: Any) -> SamplingParams:
     return SamplingParams(structured_outputs=wanted, **others)
 
 
@@ -137,3 +139,45 @@ def test_a_step_waits_for_the_token_before_only_with_a_grammar() -> None:
         step.results()
         assert not one.needs_results
         one.sample().results()
+
+
+class Inbox:
+    """A Channel that brings all Batches at once, and keeps the answers."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+        self.sent: list[Any] = []
+
+    def receive(self, timeout_s: float) -> list[Any] | None:
+        batches, self.batches = self.batches, []
+        return batches or None
+
+    def send(self, messages: list[Any]) -> None:
+        self.sent += messages
+
+
+@pytest.mark.parametrize("wanted", [WANTED, None])
+def test_one_step_ahead_gives_the_tokens_of_step_by_step(monkeypatch: pytest.MonkeyPatch, wanted: Any) -> None:
+    """As on a device with a queue: Batch N+1 is launched before the answer to N; a grammar's rows wait in between."""
+    sampling = constrained(wanted, seed=5, temperature=1.2)
+    (expected,) = drive(Stream(PROMPT, sampling, 20))
+    one = runner()
+    monkeypatch.setattr(one, "depth", 2)
+    new = NewSequence(3, 0, PROMPT, [], sampling)
+    blocks = RowBlocks(3, 0, 0, [5, 9, 2, 7])
+    batches = [Batch("", 1, [Scheduled(3, 0, len(PROMPT), True)], [new], [], [blocks], reset=True)]
+    batches += [Batch("", step + 1, [Scheduled(3, len(PROMPT) + step - 1, 1, True)]) for step in range(1, 20)]
+    inbox = Inbox(batches)
+    worker = Worker(cast(Any, SimpleNamespace(index=0)), cast(Any, inbox), one)
+    worker.receive(0.0)
+    most = 0
+    while worker.inbox:
+        worker.launch(worker.inbox.popleft())
+        most = max(most, len(worker.launched))
+        while len(worker.launched) >= one.depth:
+            worker.answer(worker.launched.popleft())
+    while worker.launched:
+        worker.answer(worker.launched.popleft())
+    assert [answer.results[0].token_ids[0] for answer in inbox.sent] == expected.output
+    assert [answer.step for answer in inbox.sent] == list(range(1, 21))
+    assert most == (2 if wanted is None else 1)
