@@ -23,8 +23,12 @@ MAX_CHARS = 256 * 1024  # of a schema or grammar
 MAX_MULTIPLE = 10_000  # a multipleOf takes as many automaton states as its value, outside of the library's own limits
 # Unbounded white space would let a model that is drawn at a high temperature indent for ever.
 _JSON: dict[str, Any] = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}"}
-# Compiling then takes at most some 0.25 s, a mask or a token 50 ms; schemas in use take 1 ms and 20 µs.
-_LIMITS = llguidance.LLParserLimits(max_grammar_size=100_000, step_max_items=10000, verbose_errors=False)
+# The worst that was found within these: 0.25 s to compile, 70 ms for a mask, 40 MB. Schemas in use: 1 ms, 20 µs.
+_SCHEMA_LIMITS = llguidance.LLParserLimits(max_grammar_size=100_000, step_max_items=10_000, verbose_errors=False)
+# A grammar of the client's own may be ambiguous: its cost then grows with the square of what a row holds.
+_GRAMMAR_LIMITS = llguidance.LLParserLimits(
+    max_grammar_size=100_000, step_max_items=10_000, max_items_in_row=500, verbose_errors=False
+)
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.eE0-9]+)')
 
 
@@ -99,7 +103,8 @@ class Grammars:
             source = _source(wanted)
         except (ValueError, RecursionError) as error:
             raise QuireError("invalid_grammar", f"{field}: {error}", field) from None
-        matcher = Matcher(llguidance.LLMatcher(self._tokenizer, source, log_level=0, limits=_LIMITS), self._width)
+        limits = _SCHEMA_LIMITS if wanted.grammar is None else _GRAMMAR_LIMITS
+        matcher = Matcher(llguidance.LLMatcher(self._tokenizer, source, log_level=0, limits=limits), self._width)
         if not matcher.error:
             matcher.allowed()  # what is too large often shows only here; and later copies find this work done
         if matcher.error:
