@@ -33,13 +33,13 @@ _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.eE0-9]+)')
 
 
 class _Vocabulary(llguidance.TokenizerWrapper):
-    """What the library asks of a tokenizer: every token's bytes."""
+    """What the library asks of a tokenizer: every token's bytes; none for ids that only pad the model's vocabulary."""
 
-    def __init__(self, codec: TextCodec, eos_id: int) -> None:
+    def __init__(self, codec: TextCodec, vocab_size: int, eos_id: int) -> None:
         self.eos_token_id = eos_id
         self.bos_token_id = None
-        self.tokens = [codec.token_bytes(token_id) for token_id in range(codec.num_ids)]
-        self.special_token_ids = sorted(codec.special_ids)
+        self.tokens = [codec.token_bytes(i) if i < codec.num_ids else b"" for i in range(vocab_size)]
+        self.special_token_ids = sorted(i for i in codec.special_ids if i < vocab_size)
         self.is_tokenizer_wrapper = True
         self._codec = codec
 
@@ -89,12 +89,13 @@ class Grammars:
     """Compiles StructuredOutputs for one vocabulary. Raises QuireError unsupported for a model without an end id."""
 
     def __init__(self, codec: TextCodec, vocab_size: int, eos_ids: list[int]) -> None:
+        eos_ids = [token_id for token_id in eos_ids if token_id < vocab_size]
         if not eos_ids:
             text = "structured_outputs needs a model with an end-of-sequence token"
             raise QuireError("unsupported", text, "structured_outputs")
         self._width = -(-vocab_size // 32)
-        vocabulary = _Vocabulary(codec, eos_ids[0])
-        self._tokenizer = llguidance.LLTokenizer(vocabulary, n_vocab=vocab_size, eos_token=eos_ids)
+        vocabulary = _Vocabulary(codec, vocab_size, eos_ids[0])
+        self._tokenizer = llguidance.LLTokenizer(vocabulary, eos_token=eos_ids)
 
     def compile(self, wanted: StructuredOutputs) -> Matcher:
         """A Matcher at the beginning. Raises QuireError invalid_grammar naming the field and the reason."""

@@ -68,6 +68,22 @@ def test_refused(wanted: StructuredOutputs) -> None:
     assert error.value.code == "invalid_grammar"
 
 
+@pytest.mark.parametrize("vocab_size", [4000, 4097, 5003])
+def test_a_model_whose_vocabulary_is_not_the_tokenizers(vocab_size: int) -> None:
+    matcher = Grammars(CODEC, vocab_size, [EOS, 10**6]).compile(StructuredOutputs(regex="(.|\n)*"))
+    bits = np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little")
+    assert len(bits) == -(-vocab_size // 32) * 32
+    allowed = set(np.flatnonzero(bits).tolist())
+    assert EOS in allowed
+    assert allowed - {EOS} <= set(range(min(vocab_size, CODEC.num_ids))) - CODEC.special_ids
+    assert len(allowed) > 3500
+
+
+def test_a_model_without_an_end() -> None:
+    with pytest.raises(QuireError, match="end-of-sequence token"):
+        Grammars(CODEC, 4096, [])
+
+
 def test_large_multiples_of_ten_are_no_exception() -> None:
     assert int(draw(StructuredOutputs(json={"type": "integer", "multipleOf": 2.5e2}), 1)) % 250 == 0
     with pytest.raises(QuireError, match="at most 10000"):
