@@ -13,6 +13,8 @@ from hw.ops import SampleInputs, SampleOutput
 CANDIDATES = 256  # finding so many of the largest costs a tenth of sorting a vocabulary, and nearly always decides
 _MULTIPLIER_1 = 0x7FEB352D
 _MULTIPLIER_2 = 0x846CA68B - (1 << 32)  # the same 32 bits as a signed integer
+# [256, 8]: what the bits of a byte, the lowest first, add to eight logits.
+_ADDENDS = torch.where(torch.arange(256)[:, None] >> torch.arange(8) & 1 == 1, 0.0, -torch.inf)
 
 
 def sample(logits: torch.Tensor, inputs: SampleInputs) -> SampleOutput:
@@ -39,11 +41,10 @@ def constrained(logits: torch.Tensor, inputs: SampleInputs) -> torch.Tensor:
     """logits with what the rows' grammars do not allow at -inf; waits for no device. `logits` is left alone."""
     if inputs.allowed is None or inputs.allowed_rows is None:
         return logits
-    shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
-    bits = (inputs.allowed.unsqueeze(2) >> shifts).bitwise_and_(1)  # an arithmetic shift; the sign goes with the mask
-    forbidden = bits.flatten(1)[:, : logits.shape[1]] == 0
-    rows = inputs.allowed_rows.long()
-    return logits.index_copy(0, rows, logits.index_select(0, rows).masked_fill_(forbidden, -torch.inf))
+    # A byte of the mask at a time, as eight addends from a table: shifting bits out takes ten times as long on a CPU.
+    table = _ADDENDS.to(logits.device, logits.dtype, non_blocking=True)
+    addends = table.index_select(0, inputs.allowed.view(torch.uint8).flatten().int())
+    return logits.index_add(0, inputs.allowed_rows, addends.view(len(inputs.allowed), -1)[:, : logits.shape[1]])
 
 
 def logprobs(logits: torch.Tensor, ids: torch.Tensor, num_top: int) -> SampleOutput:
