@@ -231,7 +231,7 @@ class Engine:
         for request_id, error in self.scheduler.grammar_errors(result).items():
             self.scheduler.abort(request_id)
             self.meter.dropped(request_id)
-            self.tokenizers.end(Failed(request_id, "invalid_grammar", f"structured_outputs: {error}"))
+            self.tokenizers.end(Failed(request_id, "invalid_grammar", error))
 
     def register(self, ready: WorkerReady) -> None:
         """A rank is ready; with the last one, work begins, or begins again after the group's restart."""

@@ -82,7 +82,9 @@ class Matcher:
     @property
     def error(self) -> str:
         """Why this sequence cannot go on: a token that was not allowed, or a limit of work; "" when it can."""
-        return str(self._matcher.get_error())[:500] if self._matcher.is_error() else ""
+        if not self._matcher.is_error():
+            return ""
+        return str(self._matcher.get_error()).replace("<non-verbose/>", "").strip()[:500] or "unknown error"
 
 
 class Grammars:

@@ -25,10 +25,11 @@ Mask = np.ndarray[Any, np.dtype[np.int32]]
 
 
 class GrammarRow:
-    """One sequence. `pending`: tokens drawn that `take` has not seen. `error`: why it cannot go on, or ""."""
+    """One sequence. `pending`: tokens drawn that `take` has not seen. `error`: field and reason if it cannot go on."""
 
-    def __init__(self, matcher: Future[Matcher], new: NewSequence, vocab_size: int) -> None:
+    def __init__(self, matcher: Future[Matcher], wanted: StructuredOutputs, new: NewSequence, vocab_size: int) -> None:
         sampling = new.sampling
+        self._source = wanted.source
         self.pending = 0
         self.error = ""
         self._future = matcher
@@ -51,8 +52,7 @@ class GrammarRow:
                 self.error = str(failure) or type(failure).__name__
         if self._matcher is not None and not self.error:
             mask = self._matcher.allowed()
-            self.error = self._matcher.error
-            if not self.error:
+            if not self._failed(self._matcher):
                 held_back = mask & ~(self._early if self._num_outputs < self._min_tokens else self._always)
                 return held_back if held_back.any() else mask
         return np.full_like(self._early, -1)
@@ -63,8 +63,13 @@ class GrammarRow:
         self._num_outputs += 1
         if self._matcher is not None and not self.error and not self._matcher.ended:
             self._matcher.take([token_id])
-            self.error = self._matcher.error
+            self._failed(self._matcher)
         return self.error
+
+    def _failed(self, matcher: Matcher) -> bool:
+        if reason := matcher.error:
+            self.error = f"{self._source}: {reason}"
+        return bool(reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +106,7 @@ class GrammarRows:
             self._rows.pop(new.row, None)
             return
         matcher = self._thread.submit(self._matcher, wanted, new.output_ids)
-        self._rows[new.row] = GrammarRow(matcher, new, self._vocab_size)
+        self._rows[new.row] = GrammarRow(matcher, wanted, new, self._vocab_size)
 
     def release(self, rows: list[int]) -> None:
         """Sequences leave their rows. Tokens of theirs that are under way still reach them."""
