@@ -215,6 +215,7 @@ class Engine:
                 match message:
                     case BatchResult() if self.scheduler is not None and message.step in self.in_flight:
                         self.in_flight.discard(message.step)
+                        self.end_ungrammatical(message)
                         outputs = self.scheduler.update(message)
                         queued_s = self.meter.observe(message, outputs, self.scheduler)
                         news.append((message.step, outputs, queued_s))
@@ -223,6 +224,14 @@ class Engine:
                     case WorkerFailed() if self.scheduler is not None and message.step in self.in_flight:
                         self.fail_step(message)
         return news
+
+    def end_ungrammatical(self, result: BatchResult) -> None:
+        """End requests whose grammar cost more than it may, or was left; nobody else is touched."""
+        assert self.scheduler is not None
+        for request_id, error in self.scheduler.grammar_errors(result).items():
+            self.scheduler.abort(request_id)
+            self.meter.dropped(request_id)
+            self.tokenizers.end(Failed(request_id, "invalid_grammar", error))
 
     def register(self, ready: WorkerReady) -> None:
         """A rank is ready; with the last one, work begins, or begins again after the group's restart."""
@@ -286,7 +295,9 @@ class Engine:
         for step_news in news:
             for request_id in self.tokenizers.publish(step_news):
                 self.abort(request_id)
-            for output in step_news[1]:
+        # Only now: a request that ends in the second of two steps has news in the first one, too.
+        for _, outputs, _ in news:
+            for output in outputs:
                 if output.finish_reason is not None and scheduler is not None and not scheduler.has(output.request_id):
                     self.tokenizers.owner.pop(output.request_id, None)
 

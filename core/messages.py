@@ -269,12 +269,14 @@ class RowResult(Message, frozen=True):
     """What one row of a Batch gave: several ids with speculation, one otherwise, none for a row that did not sample.
 
     `prompt_logprobs` answer the prompt positions start+1 .. start+num_tokens of this step (those inside the prompt).
+    `grammar_error`: why the row's grammar lets it go no further; the request ends with it, and no token is given.
     """
 
     row: int
     token_ids: list[int]
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs] = []
+    grammar_error: str = ""
 
 
 class BatchResult(Message, frozen=True):

@@ -6,14 +6,16 @@ SamplingParams, which are also the fields of the HTTP API.
 
 from __future__ import annotations
 
+import json
 import math
 
 import msgspec
 
 from core.errors import QuireError
-from quire import SamplingParams
+from quire import SamplingParams, StructuredOutputs
 
 INT64_MAX = 2**63 - 1
+_MAX_SOURCE_CHARS = 64
 
 
 class SamplingLimits(msgspec.Struct, frozen=True):
@@ -33,7 +35,7 @@ class SamplingLimits(msgspec.Struct, frozen=True):
 
 
 def validate(params: SamplingParams, limits: SamplingLimits) -> SamplingParams:
-    """Check every field and return the parameters, with top_k -1 (a common spelling of "off") as 0.
+    """Check every field and return the parameters in one spelling: top_k -1 (often "off") as 0, a schema as text.
 
     Raises QuireError("invalid_value") naming field, value and range.
     """
@@ -57,11 +59,27 @@ def validate(params: SamplingParams, limits: SamplingLimits) -> SamplingParams:
     for name, value in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
         if value is not None:
             _whole(name, value, 0, min(limits.max_logprobs, limits.vocab_size))
-    if params.structured_outputs is not None:  # nothing past this line applies it yet; ignoring it would be worse
-        raise QuireError("unsupported", "structured_outputs is not supported yet; leave it out", "structured_outputs")
     _check_stops(params, limits)
     _check_logit_bias(params.logit_bias, limits)
+    if params.structured_outputs is not None:
+        params = msgspec.structs.replace(params, structured_outputs=_plain(params.structured_outputs))
     return msgspec.structs.replace(params, top_k=0) if params.top_k == -1 else params
+
+
+def _plain(wanted: StructuredOutputs) -> StructuredOutputs:
+    """With a schema as its JSON text, which passes from process to process as it is, and can be looked up.
+
+    Whether it can be used at all is seen where it is compiled, by the tokenizer process.
+    """
+    if len(wanted.source) > _MAX_SOURCE_CHARS:
+        text = f"structured_outputs.source has more than {_MAX_SOURCE_CHARS} characters"
+        raise QuireError("invalid_value", text, "structured_outputs")
+    if wanted.json is None or isinstance(wanted.json, str):
+        return wanted
+    try:
+        return msgspec.structs.replace(wanted, json=json.dumps(wanted.json))
+    except (ValueError, RecursionError) as error:
+        raise QuireError("invalid_grammar", f"{wanted.source}: {error}", wanted.source) from None
 
 
 def _check_stops(params: SamplingParams, limits: SamplingLimits) -> None:

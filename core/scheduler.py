@@ -488,6 +488,12 @@ class Scheduler:
                 self._publish(sequence)
         return outputs
 
+    def grammar_errors(self, result: BatchResult) -> dict[str, str]:
+        """Requests that an answer says cannot go on, and why; those among them that are still wanted."""
+        entries = self._steps.get(result.step, {})
+        failed = [(entries[a.row][0], a.grammar_error) for a in result.results if a.grammar_error and a.row in entries]
+        return {s.request.submit.request_id: error for s, error in failed if s.state is not FINISHED}
+
     def _take(self, sequence: Sequence, answer: RowResult, start: int) -> SequenceOutput | None:
         """Append an answer's tokens up to the end of the sequence. `start`: the first position that it computed."""
         request = sequence.request

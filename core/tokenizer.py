@@ -1,7 +1,7 @@
 """The tokenizer process: requests to token ids on the way down, token ids to text on the way up.
 
-It ends choices by text rules (stop strings) and makes the ending that the client sees. Long texts are encoded in a
-thread (the library releases the interpreter), so that nobody's stream waits for somebody's long prompt.
+It ends choices by text rules (stop strings) and makes the ending that the client sees. Long texts are encoded, and new
+grammars checked, in threads (the libraries release the interpreter), so that nobody's stream waits for them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import zmq
@@ -23,6 +24,7 @@ import zmq
 from core.channel import ChannelFull, Client, PeerGone, Server
 from core.chat_template import ChatTemplate
 from core.errors import QuireError
+from core.grammar_check import GrammarCheck
 from core.live_text import LiveText
 from core.messages import (
     Abort,
@@ -52,6 +54,9 @@ log = logging.getLogger("quire.tokenizer")
 LONG_TEXT = 16_384  # characters; some 3 ms to encode
 NUM_ENCODERS = 2  # threads: one text of many megabytes does not hold up all other long ones
 TURN_S = 0.005  # after so long with news from one side, the other side has its turn
+CHECK_S = 5.0  # for a grammar: twenty times what the costliest takes that is within the limits of core/grammar.py
+
+T = TypeVar("T")
 
 
 class Requests:
@@ -61,6 +66,7 @@ class Requests:
         self.model = model
         self.codec = codec
         self.template = template
+        self.grammars = GrammarCheck(model, codec)
         self.live: dict[str, LiveText] = {}
         self.snapshot = TokenizerSnapshot()
 
@@ -102,7 +108,8 @@ class Requests:
             generate.engine,
             [TokenSegment(prompt_ids)],
             sampling,
-            [] if sampling.ignore_eos else self.model.eos_ids,
+            # Where a grammar leaves nothing but the end, the end comes, whatever is wanted besides.
+            [] if sampling.ignore_eos and sampling.structured_outputs is None else self.model.eos_ids,
             generate.priority,
             ["salt", generate.cache_salt] if generate.cache_salt else [],
             generate.arrival_s,
@@ -161,8 +168,10 @@ class TokenizerProcess:
         self.requests = requests
         self.apis = apis
         self.scheduler = scheduler
-        self.pool = ThreadPoolExecutor(NUM_ENCODERS, "encode")
-        self.encoding: dict[str, Future[list[int]]] = {}
+        self.encoders = ThreadPoolExecutor(NUM_ENCODERS, "encode")
+        self.checker = ThreadPoolExecutor(1, "grammar")
+        self.aside: dict[str, Future[Any]] = {}  # requests of which a thread does something
+        self.checks: deque[tuple[float, str, str, Future[None]]] = deque()  # (time limit, peer, request, its check)
         self.unsent: list[Stop | Abort] = []  # what a scheduler that does not read must still be told
         self.done: deque[Callable[[], None]] = deque()
         self.wake = os.eventfd(0, os.EFD_NONBLOCK)
@@ -176,18 +185,21 @@ class TokenizerProcess:
             poller.poll(500)
             self.hand_up()
             self.hand_down()
+            if self.checks:
+                self.give_up_checks()
             if self.unsent:
                 self.tell([])
             self.process.poll_control()
             if self.process.control.due():
                 self.requests.snapshot.live = len(self.requests.live)
                 self.process.beat(self.requests.snapshot)
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.encoders.shutdown(wait=False, cancel_futures=True)
+        self.checker.shutdown(wait=False, cancel_futures=True)
 
     # ------------------------------------------------------------------------------------------ down
 
     def hand_down(self) -> None:
-        """Take what the api processes have sent, and prompts whose encoding is done."""
+        """Take what the api processes have sent, and what threads are done with."""
         end_s = time.monotonic() + TURN_S
         while time.monotonic() < end_s and (frame := self.apis.receive(0)) is not None:
             peer, messages = frame
@@ -204,23 +216,23 @@ class TokenizerProcess:
             self.done.popleft()()
 
     def generate(self, peer: str, generate: Generate) -> None:
-        """Encode a request's prompt here, or in a thread when it is long."""
+        """Take a request up; a grammar that is not known is checked first."""
         request_id = generate.request_id
         if (live := self.requests.live.get(request_id)) is not None and generate.epoch <= live.epoch:
             return  # late words of the request's earlier life
-        if live is not None or request_id in self.encoding:
+        if live is not None or request_id in self.aside:
             self.abort(request_id)  # it comes back from the journal: the earlier life is over
         with self.alone(peer, generate):
             asked = self.requests.text_of(generate)
-            if asked is None:
-                assert isinstance(generate.prompt, TokensPrompt)
-                self.submit(peer, generate, generate.prompt.ids)
+            if asked is not None:
+                self.requests.check_text(asked[0], generate)
+            wanted, grammars = generate.sampling.structured_outputs, self.requests.grammars
+            if wanted is None or grammars.known(wanted):
+                self.encode(peer, generate, asked)
                 return
-            self.requests.check_text(asked[0], generate)
-            if len(asked[0]) < LONG_TEXT:
-                self.submit(peer, generate, self.requests.codec.encode(*asked))
-            else:
-                self.encode_aside(peer, generate, *asked)
+            future = self.checker.submit(grammars.check, wanted)
+            self.checks.append((time.monotonic() + CHECK_S, peer, request_id, future))
+            self.when_done(peer, generate, future, lambda _: self.encode(peer, generate, asked))
 
     @contextlib.contextmanager
     def alone(self, peer: str, generate: Generate) -> Iterator[None]:
@@ -234,25 +246,47 @@ class TokenizerProcess:
             log.exception("%s could not be tokenized", generate.request_id)
             self.reject(peer, generate.request_id, QuireError("internal_error", "the prompt could not be tokenized"))
 
-    def encode_aside(self, peer: str, generate: Generate, text: str, special_tokens: bool) -> None:
-        """Encode in a thread; the loop goes on and submits when it is done."""
+    def encode(self, peer: str, generate: Generate, asked: tuple[str, bool] | None) -> None:
+        """Encode a request's prompt here, or in a thread when it is long, and submit it."""
+        if asked is None:
+            assert isinstance(generate.prompt, TokensPrompt)
+            self.submit(peer, generate, generate.prompt.ids)
+        elif len(asked[0]) < LONG_TEXT:
+            self.submit(peer, generate, self.requests.codec.encode(*asked))
+        else:
+            future = self.encoders.submit(self.requests.codec.encode, *asked)
+            self.when_done(peer, generate, future, partial(self.submit, peer, generate))
 
-        def finished(future: Future[list[int]]) -> None:
+    def when_done(self, peer: str, generate: Generate, future: Future[T], then: Callable[[T], None]) -> None:
+        """The loop goes on, and calls `then` with what the thread gives, unless the request is aborted meanwhile."""
+
+        def go_on() -> None:
+            if self.aside.get(generate.request_id) is not future:
+                return
+            del self.aside[generate.request_id]
+            with self.alone(peer, generate):
+                then(future.result())
+
+        def finished(future: Future[T]) -> None:
             if not future.cancelled():
-                self.done.append(lambda: self.encoded(peer, generate, future))
+                self.done.append(go_on)
                 os.eventfd_write(self.wake, 1)
 
-        future = self.pool.submit(self.requests.codec.encode, text, special_tokens)
-        self.encoding[generate.request_id] = future
+        self.aside[generate.request_id] = future
         future.add_done_callback(finished)
 
-    def encoded(self, peer: str, generate: Generate, future: Future[list[int]]) -> None:
-        """A prompt is back from the thread."""
-        if self.encoding.get(generate.request_id) is not future:
-            return  # aborted meanwhile
-        del self.encoding[generate.request_id]
-        with self.alone(peer, generate):
-            self.submit(peer, generate, future.result())
+    def give_up_checks(self) -> None:
+        """Refuse what has taken too long to check: counts of work bound the library, and this what they might miss."""
+        while self.checks and (self.checks[0][3].done() or self.checks[0][0] <= time.monotonic()):
+            _, peer, request_id, future = self.checks.popleft()
+            if self.aside.get(request_id) is not future or future.done():
+                continue  # aborted, or on its way
+            del self.aside[request_id]
+            if future.cancel():  # it has not begun
+                self.reject(peer, request_id, QuireError("queue_full", "too many grammars are new", None, 1.0))
+            else:
+                text = f"the grammar could not be checked within {CHECK_S:g} s; make it simpler"
+                self.reject(peer, request_id, QuireError("invalid_grammar", text, "structured_outputs"))
 
     def submit(self, peer: str, generate: Generate, ids: list[int]) -> None:
         """Tell the client that it began, and the scheduler to begin."""
@@ -271,7 +305,7 @@ class TokenizerProcess:
 
     def abort(self, request_id: str) -> None:
         """The client went away."""
-        if (future := self.encoding.pop(request_id, None)) is not None:
+        if (future := self.aside.pop(request_id, None)) is not None:
             future.cancel()
         if self.requests.live.pop(request_id, None) is not None:
             self.tell([Abort(request_id)])

@@ -98,6 +98,8 @@ class SampleInputs:
     stage, so that the plain case costs nothing. token_ids: the state table [rows, max_len]; state_rows, prompt_lens,
     lens: [m] (lens counts prompt and output). bias_ids / bias_values: [m, k] padded with id -1; banned ids (stop ids
     below min_tokens) are bias entries of -inf. num_logprobs: None, or the number of alternatives.
+    allowed: [k, ceil(vocab / 32)] int32, bit i % 32 of word i // 32 for id i, of the k constrained rows, whose indices
+    among the m are allowed_rows [k] int32; every row has an id that is allowed. Both None when no row is constrained.
     """
 
     temperature: torch.Tensor
@@ -120,6 +122,8 @@ class SampleInputs:
     any_penalty: bool
     any_bias: bool
     num_logprobs: int | None
+    allowed: torch.Tensor | None = None
+    allowed_rows: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +194,7 @@ class Ops(Protocol):
     def sample(self, logits: torch.Tensor, inputs: SampleInputs) -> SampleOutput:
         """logits [m, vocab] of the model's dtype, taken as float32 -> one id per row.
 
-        Order: bias and bans, penalties, (log-probabilities are taken from the raw logits before all of these),
+        Order: allowed ids, bias and bans, penalties, (log-probabilities are taken from the raw logits before these),
         temperature, top_k, top_p, min_p, then argmax of logits / T + Gumbel noise. The noise of (row, id) depends on
         key0, key1 and id alone: h = mix(mix(id ^ key0) + key1) in uint32 with
         mix(x): x ^= x >> 16; x *= 0x7feb352d; x ^= x >> 15; x *= 0x846ca68b; x ^= x >> 16;

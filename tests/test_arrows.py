@@ -63,8 +63,8 @@ def test_quire_py_needs_only_msgspec_and_zmq() -> None:
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [
-        ("api.server", {"torch", "transformers", "tokenizers", "triton"}),
-        ("core.engine", {"torch", "numpy", "tokenizers", "starlette"}),
+        ("api.server", {"torch", "transformers", "tokenizers", "triton", "llguidance"}),
+        ("core.engine", {"torch", "numpy", "tokenizers", "starlette", "llguidance"}),
         ("core.tokenizer", {"torch", "transformers", "starlette"}),
         ("tools.cli", {"torch", "starlette", "zmq", "numpy", "msgspec"}),
         ("models.runtime.worker", {"torch", "transformers", "starlette"}),

@@ -69,7 +69,6 @@ class ChatBody(GenerationFields, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    response_format: Any = None
     functions: Any = None
     function_call: Any = None
     modalities: Any = None
@@ -82,13 +81,11 @@ class ChatBody(GenerationFields, kw_only=True):
     chat_template: Any = None
     documents: Any = None
     use_beam_search: bool | None = None
-    structured_outputs: Any = None
 
 
 _NEUTRAL = {
     **NEUTRAL,
     "tool_choice": ("auto", "none"),
-    "response_format": ({"type": "text"},),
     "functions": ([],),
     "function_call": ("auto", "none"),
     "modalities": (["text"],),
@@ -101,7 +98,6 @@ _NEUTRAL = {
     "chat_template": (),
     "documents": ([],),
     "use_beam_search": (False,),
-    "structured_outputs": (),
 }
 
 
@@ -171,7 +167,7 @@ def chat_request(body: bytes, model: ServedModel, *, strict_fields: bool) -> Cha
     check_unsupported(raw, _NEUTRAL)
     return ChatRequest(
         prompt=_prompt(fields, raw),
-        sampling=_sampling(fields, model),
+        sampling=_sampling(fields, raw, model),
         stream=bool(fields.stream),
         include_usage=fields.stream_options is not None and bool(fields.stream_options.include_usage),
         return_token_ids=bool(fields.return_token_ids),
@@ -195,13 +191,13 @@ def chat_prompt(
     return _prompt(fields, raw)
 
 
-def _sampling(fields: ChatBody, model: ServedModel) -> SamplingParams:
+def _sampling(fields: ChatBody, raw: dict[str, Any], model: ServedModel) -> SamplingParams:
     if fields.top_logprobs is not None and not fields.logprobs:
         raise QuireError("invalid_value", "top_logprobs needs logprobs: true", "top_logprobs")
     logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
     max_tokens = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
     try:
-        return sampling_params(fields, model, max_tokens=max_tokens, logprobs=logprobs)
+        return sampling_params(fields, raw, model, max_tokens=max_tokens, logprobs=logprobs)
     except QuireError as error:
         if error.param == "logprobs":
             raise QuireError(error.code, f"top_{error.message}", "top_logprobs") from None

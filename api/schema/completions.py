@@ -25,19 +25,15 @@ class CompletionBody(GenerationFields, kw_only=True):
     logprobs: int | None = None
     suffix: str | None = None
     best_of: int | None = None
-    response_format: Any = None
     prompt_embeds: Any = None
     use_beam_search: bool | None = None
-    structured_outputs: Any = None
 
 
 _NEUTRAL = {
     **NEUTRAL,
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "prompt_embeds": (),
     "use_beam_search": (False,),
-    "structured_outputs": (),
 }
 
 
@@ -97,7 +93,7 @@ def completion_request(body: bytes, model: ServedModel, *, strict_fields: bool) 
     echo = bool(fields.echo)
     drop_output = echo and fields.max_tokens == 0
     max_tokens = 1 if drop_output else DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
-    sampling = sampling_params(fields, model, max_tokens=max_tokens, logprobs=fields.logprobs)
+    sampling = sampling_params(fields, raw, model, max_tokens=max_tokens, logprobs=fields.logprobs)
     if echo and fields.logprobs is not None and sampling.prompt_logprobs is None:
         sampling = msgspec.structs.replace(sampling, prompt_logprobs=fields.logprobs)
     return CompletionRequest(

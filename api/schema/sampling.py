@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
+from api.schema.structured import StructuredFields, structured_outputs
 from api.served import ServedModel
 from core.errors import QuireError
 from core.sampling import validate
@@ -19,7 +21,7 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class GenerationFields(msgspec.Struct, kw_only=True):
+class GenerationFields(StructuredFields, kw_only=True):
     """Fields of every generating request. None (absent or null) means the model's default.
 
     The second group is no part of OpenAI's API; the names are those that the field's servers share. The third asks for
@@ -87,9 +89,14 @@ _MAX_TIMEOUT_S = 1e9
 
 
 def sampling_params(
-    fields: GenerationFields, model: ServedModel, *, max_tokens: int | None, logprobs: int | None
+    fields: GenerationFields,
+    raw: Mapping[str, Any],
+    model: ServedModel,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
 ) -> SamplingParams:
-    """The checked SamplingParams of a request. Raises QuireError("invalid_value")."""
+    """The checked SamplingParams of a request, whose fields came as `raw`. Raises QuireError."""
     given: dict[str, Any] = {}
     for name in _SAME_NAME:
         value = getattr(fields, name)
@@ -104,6 +111,8 @@ def sampling_params(
     if max_tokens is not None:
         given["max_tokens"] = max_tokens
     given["logprobs"] = logprobs
+    if (wanted := structured_outputs(fields, raw)) is not None:
+        given["structured_outputs"] = wanted
     return validate(msgspec.structs.replace(model.defaults, **given), model.limits)
 
 

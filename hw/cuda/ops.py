@@ -95,10 +95,11 @@ class CudaOps:
     def sample(self, logits: torch.Tensor, inputs: SampleInputs) -> SampleOutput:
         if inputs.any_truncation or inputs.any_penalty or inputs.any_bias:
             return reference.sample(logits, inputs)
+        allowed = reference.constrained(logits, inputs).contiguous()
         if inputs.any_random:
-            ids = sample(logits.contiguous(), inputs.temperature, inputs.key0, inputs.key1)
+            ids = sample(allowed, inputs.temperature, inputs.key0, inputs.key1)
         else:
-            ids = sample(logits.contiguous(), None, None, None)
+            ids = sample(allowed, None, None, None)
         return SampleOutput(ids) if inputs.num_logprobs is None else self.logprobs(logits, ids, inputs.num_logprobs)
 
     def logprobs(self, logits: torch.Tensor, ids: torch.Tensor, num_top: int) -> SampleOutput:

@@ -2,8 +2,9 @@
 
 A token id is a hash of (seed, choice, position): the uniform distribution over the vocabulary without the model's
 end-of-sequence ids. A logit bias of -100 bans an id and one of +100 forces it (end-of-sequence too), min_tokens holds
-end and stop ids back; everything else that shapes a distribution does nothing. The step's time comes from StepTime,
-and steps queue up as on a device, so the whole server runs as with a model and its own overhead can be measured.
+end and stop ids back; of a grammar's ids one is drawn, its end only where nothing else is left; everything else that
+shapes a distribution does nothing. The step's time comes from StepTime, and steps queue up as on a device, so the
+whole server runs as with a model and its own overhead can be measured.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from core.config import Config
+from core.grammar import load_grammars
+from core.grammar_rows import GrammarRows
 from core.messages import Batch, KVSpec, NewSequence, RowResult, Scheduled, TokenLogprobs, WorkerReady
 from core.model_info import ModelInfo
 from hw import rng
@@ -76,6 +79,7 @@ class NullRunner:
         self._allowed = [t for t in range(model.vocab_size) if t not in set(model.eos_ids)] or [0]
         self._allowed_array = np.array(self._allowed, dtype=np.int64)
         self._logprob = -math.log(len(self._allowed))
+        self._grammars = GrammarRows(model.vocab_size, lambda: load_grammars(model))
         self._batch: Batch | None = None
         self._free_s = 0.0
 
@@ -98,11 +102,19 @@ class NullRunner:
         """Apply a Batch's changes and begin its time."""
         if batch.reset:
             self._rows.clear()
+            self._grammars.clear()
         for row in batch.released:
             self._rows.pop(row, None)
+        self._grammars.release(batch.released)
         for new in batch.new:
             self._rows[new.row] = _row(new)
+            self._grammars.begin(new)
         self._batch = batch
+
+    @property
+    def needs_results(self) -> bool:
+        """Ids are known as soon as they are drawn."""
+        return False
 
     def sample(self) -> NullStep:
         """Draw the step's tokens; they may be taken when its time is over."""
@@ -111,6 +123,7 @@ class NullRunner:
             raise RuntimeError("sample() without forward()")
         sampled = [s for s in batch.scheduled if s.sample]
         ids = dict(zip([s.row for s in sampled], self._draw(sampled), strict=True))
+        errors = self._constrain(ids)
         results: list[RowResult] = []
         for s in batch.scheduled:
             row = self._rows[s.row]
@@ -118,7 +131,8 @@ class NullRunner:
             if s.sample or prompt_logprobs:
                 token_ids = [ids[s.row]] if s.sample else []
                 logprobs = [] if row.logprobs is None else [self._uniform(t, row.logprobs) for t in token_ids]
-                results.append(RowResult(s.row, token_ids, logprobs, prompt_logprobs))
+                error = errors.get(s.row, "")
+                results.append(RowResult(s.row, [] if error else token_ids, logprobs, prompt_logprobs, error))
         busy_s = self._step_time.seconds(sum(s.num_tokens for s in batch.scheduled))
         self._free_s = max(self._free_s, time.monotonic()) + busy_s
         return NullStep(results, self._free_s, busy_s)
@@ -132,10 +146,25 @@ class NullRunner:
         ids: list[int] = self._allowed_array[low.view(np.uint32) % len(self._allowed)].tolist()
         for i, row in enumerate(rows):
             if row.special:
-                ids[i] = self._constrained(row, positions[i], ids[i])
+                ids[i] = self._biased(row, positions[i], ids[i])
         return ids
 
-    def _constrained(self, row: Row, position: int, token: int) -> int:
+    def _constrain(self, ids: dict[int, int]) -> dict[int, str]:
+        """Put ids that their grammars allow in place of those drawn; returns the rows that cannot go on, and why."""
+        rows = list(ids)
+        allowed = self._grammars.allowed(rows)
+        if allowed is None:
+            return {}
+        errors: dict[int, str] = {}
+        for mask, (i, grammar) in zip(allowed.masks, allowed.rows.items(), strict=True):
+            bits = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")[: self._model.vocab_size])
+            going_on = np.setdiff1d(bits, self._model.eos_ids)
+            choices = going_on if going_on.size else bits
+            ids[rows[i]] = int(choices[rng.splitmix64(ids[rows[i]]) % choices.size])
+            errors[rows[i]] = grammar.take(ids[rows[i]])
+        return errors
+
+    def _biased(self, row: Row, position: int, token: int) -> int:
         """The id that bias and min_tokens leave: forced, or the first of the hash's chain that is not banned."""
         banned = row.banned | row.held_back if position < row.min_tokens else row.banned
         for forced in row.forced:

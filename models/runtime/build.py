@@ -11,6 +11,8 @@ from msgspec.structs import replace
 
 from core.config import Config
 from core.errors import QuireError
+from core.grammar import load_grammars
+from core.grammar_rows import GrammarRows
 from core.model_info import ModelInfo
 from core.process import Process
 from hw.backend import Backend, CompilesAhead, Compiling
@@ -55,10 +57,17 @@ def load_runner(
 ) -> ModelRunner:
     """Load the weights and make the cache on a device that is there. `compiling`: its kernels, under way."""
     phases = {} if phases is None else phases
+    grammars = new_grammars(model)
+    grammars.prepare()
     begin_s = time.monotonic()
     loaded = load_weights(config, model, backend, comm)
     phases["weights"] = time.monotonic() - begin_s
-    return make_runner(config, model, backend, loaded, phases, compiling)
+    return make_runner(config, model, backend, loaded, grammars, phases, compiling)
+
+
+def new_grammars(model: ModelInfo) -> GrammarRows:
+    """Grammars over a model's vocabulary, which is not read yet."""
+    return GrammarRows(model.vocab_size, lambda: load_grammars(model))
 
 
 def load_weights(config: Config, model: ModelInfo, backend: Backend, comm: Comm) -> Decoder:
@@ -80,6 +89,7 @@ def make_runner(
     model: ModelInfo,
     backend: Backend,
     loaded: Decoder,
+    grammars: GrammarRows,
     phases: dict[str, float],
     compiling: Compiling | None = None,
 ) -> ModelRunner:
@@ -119,7 +129,7 @@ def make_runner(
         phases["kv_scales"] = time.monotonic() - begin_s
     begin_s = time.monotonic()
     graphs = backend.graphs(loaded.forward, limits.max_step_tokens, limits.max_num_seqs)
-    runner = ModelRunner(loaded.forward, loaded.logits, backend, pool, limits, num_bytes(loaded), graphs)
+    runner = ModelRunner(loaded.forward, loaded.logits, backend, pool, limits, grammars, num_bytes(loaded), graphs)
     if graphs is not None:
         phases["graphs"] = time.monotonic() - begin_s
     return runner
@@ -134,7 +144,7 @@ def begin_compiling(config: Config, model: ModelInfo, backend: Backend, rank: in
         few = replace(config, load_format="dummy", num_kv_blocks=2)
         loaded = load_weights(few, model, stand_in, comm)
         keep_kinds(loaded)
-        every_launch(make_runner(few, model, stand_in, loaded, {}), config.max_num_seqs)
+        every_launch(make_runner(few, model, stand_in, loaded, new_grammars(model), {}), config.max_num_seqs)
 
     return backend.precompile(trace, rank, config.tensor_parallel_size)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from core.grammar_rows import GrammarRow
 from core.messages import RowResult, Scheduled, TokenLogprobs
 from hw.backend import Backend, Span
 from hw.ops import SampleOutput
@@ -41,18 +42,24 @@ class HostOutput:
 
 
 class RunnerStep:
-    """A step under way; see PendingStep."""
+    """A step under way; see PendingStep. `grammars`, by index among the rows that sampled, go on by what was drawn."""
 
     due_s = 0.0
 
     def __init__(
-        self, scheduled: list[Scheduled], drawn: HostOutput | None, wanted: list[int | None], span: Span
+        self,
+        scheduled: list[Scheduled],
+        drawn: HostOutput | None,
+        wanted: list[int | None],
+        grammars: dict[int, GrammarRow],
+        span: Span,
     ) -> None:
         self._span = span
         self._scheduled = scheduled
         self._drawn = drawn
         self._wanted = wanted
         self._prompts: dict[int, list[tuple[HostOutput, list[int | None]]]] = {}
+        self._grammars = grammars
 
     def add_prompt(self, row: int, output: HostOutput, wanted: list[int | None]) -> None:
         """Attach (the next piece of) a row's prompt log-probabilities."""
@@ -70,7 +77,7 @@ class RunnerStep:
         return all(output.done() for pieces in self._prompts.values() for output, _ in pieces)
 
     def results(self) -> list[RowResult]:
-        """One RowResult per row that has something to say; waits for the copies."""
+        """One RowResult per row that has something to say; waits for the copies. Called once."""
         ids = [] if self._drawn is None else self._drawn.ids()
         logprobs = [] if self._drawn is None else self._drawn.logprobs(self._wanted)
         results: list[RowResult] = []
@@ -79,7 +86,12 @@ class RunnerStep:
             pieces = self._prompts.get(s.row, [])
             prompt = [entry for output, wanted in pieces for line in output.logprobs(wanted) for entry in line]
             if s.sample:
-                results.append(RowResult(s.row, [ids[at]], logprobs[at], prompt))
+                grammar = self._grammars.get(at)
+                error = grammar.take(ids[at]) if grammar is not None else ""
+                if error:
+                    results.append(RowResult(s.row, [], [], prompt, error))
+                else:
+                    results.append(RowResult(s.row, [ids[at]], logprobs[at], prompt))
                 at += 1
             elif prompt:
                 results.append(RowResult(s.row, [], [], prompt))

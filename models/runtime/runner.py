@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from core.grammar_rows import Allowed, GrammarRows
 from core.messages import Batch, Scheduled, WorkerReady
 from hw.backend import Backend, Forward, Span, StepGraphs
 from hw.kvcache import KVCachePool
@@ -48,6 +49,7 @@ class ModelRunner:
     Args:
         forward, logits: the model's two halves, see `Forward` and `Logits`.
         graphs: `forward` captured, for devices that replay; captured here, since it needs the tables of the state.
+        grammars: where constrained rows stand in their grammars.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class ModelRunner:
         backend: Backend,
         pool: KVCachePool,
         limits: Limits,
+        grammars: GrammarRows,
         weights_bytes: int = 0,
         graphs: StepGraphs | None = None,
     ) -> None:
@@ -67,6 +70,7 @@ class ModelRunner:
         self._pool = pool
         self._limits = limits
         self._pad: Callable[[int], int] = (lambda tokens: tokens) if graphs is None else graphs.pad
+        self._grammars = grammars
         self._weights_bytes = weights_bytes
         self._state = RowState(
             limits.max_num_seqs,
@@ -122,6 +126,11 @@ class ModelRunner:
             logits = None
         self._current = Current(scheduled, hidden, logits, query_start, span)
 
+    @property
+    def needs_results(self) -> bool:
+        """Whether a row that draws by a grammar still has its last token on the device."""
+        return self._current is not None and self._grammars.pending(self._current.scheduled)
+
     @torch.inference_mode()
     def sample(self) -> RunnerStep:
         """Draw the tokens of the step whose `forward` came last, and start their way to the host."""
@@ -131,25 +140,32 @@ class ModelRunner:
         sampled = [s for s in current.scheduled if s.sample]
         drawn: HostOutput | None = None
         wanted: list[int | None] = []
+        allowed: Allowed | None = None
         if current.logits is not None:
             rows = [s.row for s in sampled]
-            inputs = self._sampler.inputs(rows, [s.start + s.num_tokens for s in sampled])
+            allowed = self._grammars.allowed(rows)
+            inputs = self._sampler.inputs(rows, [s.start + s.num_tokens for s in sampled], allowed)
             output = self._backend.ops.sample(current.logits, inputs)
             self._state.put_drawn(inputs.state_rows, inputs.lens, output.ids)
             drawn = HostOutput(output, self._backend)
             wanted = [self._sampler.num_logprobs(row) for row in rows]
         prompts = self._prompt_logprobs(current)
+        grammars = {} if allowed is None else allowed.rows
         current.span.end()
-        step = RunnerStep(current.scheduled, drawn, wanted, current.span)
+        step = RunnerStep(current.scheduled, drawn, wanted, grammars, current.span)
         for row, piece, alternatives in prompts:
             step.add_prompt(row, piece, alternatives)
         return step
 
     def _apply(self, batch: Batch) -> None:
-        # Released rows, and a reset of all, need nothing done: whoever takes a row next overwrites all of it.
+        # Rows are released by whoever takes them next, who overwrites all of them; only grammars hold something.
+        if batch.reset:
+            self._grammars.clear()
+        self._grammars.release(batch.released)
         for new in batch.new:
             self._state.begin(new)
             self._sampler.begin(new)
+            self._grammars.begin(new)
         self._state.set_blocks(batch.blocks)
         drafted = [s.row for s in batch.scheduled if s.draft_ids]
         if drafted:

@@ -8,6 +8,7 @@ from enum import IntEnum
 import numpy as np
 import torch
 
+from core.grammar_rows import Allowed
 from core.messages import NewSequence
 from hw import rng
 from hw.ops import SampleInputs
@@ -66,9 +67,11 @@ class Sampler:
         self._logprobs[row] = -1 if sampling.logprobs is None else sampling.logprobs
         self._prompt_logprobs[row] = -1 if sampling.prompt_logprobs is None else sampling.prompt_logprobs
         bias = {token: value for token, value in sampling.logit_bias.items() if 0 <= token < self._vocab_size}
+        # Of a constrained row, ends that are held back are missing from its grammar's mask.
+        early = 0 if sampling.structured_outputs is not None else sampling.min_tokens
         banned = [t for t in dict.fromkeys((*new.eos_ids, *sampling.stop_token_ids)) if 0 <= t < self._vocab_size]
         self._bias[row] = bias
-        self._bans[row] = (sampling.min_tokens if banned else 0, banned)
+        self._bans[row] = (early if banned else 0, banned)
         truncates = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
         penalises = (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) != (0, 0, 1)
         self._flags[row] = (
@@ -87,8 +90,8 @@ class Sampler:
         """How many alternatives the row's prompt log-probabilities come with."""
         return min(max(0, int(self._prompt_logprobs[row])), self._vocab_size)
 
-    def inputs(self, rows: list[int], lens: list[int]) -> SampleInputs:
-        """SampleInputs of `rows`, whose sequences are `lens` tokens long before the draw."""
+    def inputs(self, rows: list[int], lens: list[int], allowed: Allowed | None = None) -> SampleInputs:
+        """SampleInputs of `rows`, whose sequences are `lens` tokens long before the draw, and may draw `allowed`."""
         device = self._token_ids.device
         index = np.array(rows, dtype=np.int32)
         lengths = np.array(lens, dtype=np.int32)
@@ -106,6 +109,10 @@ class Sampler:
         bias_ids, bias_values = _NO_BIAS
         if flags & _BIAS:
             bias_ids, bias_values = self._bias_of(rows, (lengths - prompt_lens).tolist())
+        masks = allowed_rows = None
+        if allowed is not None:
+            masks = torch.from_numpy(allowed.masks).to(device, non_blocking=True)
+            allowed_rows = torch.tensor(list(allowed.rows), dtype=torch.int32).to(device, non_blocking=True)
         wanted = int(self._logprobs[index].max())
         return SampleInputs(
             temperature=floats[Column.TEMPERATURE],
@@ -128,6 +135,8 @@ class Sampler:
             any_penalty=bool(flags & _PENALTY),
             any_bias=bias_ids.shape[1] > 0,
             num_logprobs=None if wanted < 0 else min(wanted, self._vocab_size),
+            allowed=masks,
+            allowed_rows=allowed_rows,
         )
 
     def _bias_of(self, rows: list[int], num_outputs: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

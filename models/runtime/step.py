@@ -55,6 +55,11 @@ class StepRunner(Protocol):
         """Apply a Batch's changes and compute logits. Raises BadRow; after any other exception the worker must end."""
         ...
 
+    @property
+    def needs_results(self) -> bool:
+        """Whether `sample` must wait for the results of an earlier step: its rows draw by a grammar."""
+        ...
+
     def sample(self) -> PendingStep:
         """The second stage of the step whose `forward` came last."""
         ...

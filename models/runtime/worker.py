@@ -107,7 +107,10 @@ class Worker:
                         self._stop = True
 
     def launch(self, received: Received) -> None:
-        """Run both stages of a step."""
+        """Run both stages of a step.
+
+        A grammar asks for the token before; it is taken, and the mask made, while the device computes this forward.
+        """
         batch = received.batch
         if self.needs_reset and not batch.reset:
             return
@@ -115,6 +118,8 @@ class Worker:
         try:
             self.runner.forward(batch)
             self.receive(0.0)
+            while self.launched and self.runner.needs_results:
+                self.answer(self.launched.popleft())
             self.launched.append(Launched(received, self.runner.sample()))
         except BadRow as error:
             self.fail(batch.step, str(error), error.rows)

@@ -9,7 +9,7 @@ import pytest
 
 from core.errors import QuireError
 from core.sampling import SamplingLimits, validate
-from quire import SamplingParams
+from quire import SamplingParams, StructuredOutputs
 
 LIMITS = SamplingLimits(vocab_size=100, max_model_len=50)
 
@@ -29,6 +29,14 @@ LIMITS = SamplingLimits(vocab_size=100, max_model_len=50)
 def test_edges_pass(fields: dict[str, Any]) -> None:
     params = SamplingParams(**fields)
     assert validate(params, LIMITS) is params
+
+
+def test_a_schema_becomes_its_text() -> None:
+    wanted = StructuredOutputs(json={"type": "object", "title": "é"}, source="guided_json")
+    (text,) = {validate(SamplingParams(structured_outputs=w), LIMITS).structured_outputs for w in [wanted] * 2}
+    assert text == StructuredOutputs(json='{"type": "object", "title": "\\u00e9"}', source="guided_json")
+    with pytest.raises(QuireError, match="source has more than 64 characters"):
+        validate(SamplingParams(structured_outputs=StructuredOutputs(regex="a", source="x" * 65)), LIMITS)
 
 
 def test_minus_one_turns_top_k_off() -> None:

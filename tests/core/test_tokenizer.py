@@ -50,7 +50,7 @@ from core.model_info import resolve
 from core.stats import TokenizerSnapshot, decode
 from core.text_codec import TextCodec
 from core.tokenizer import LONG_TEXT
-from quire import SamplingParams
+from quire import SamplingParams, StructuredOutputs
 
 MODEL = resolve("tiny-chat")
 EOS = 3
@@ -233,6 +233,39 @@ def test_a_chat_is_rendered(around: Around, codec: TextCodec) -> None:
     around.step(out("c", [EOS, 100, 101], 0, "length"))  # end-of-sequence ignored, and a special token: not shown
     assert around.api().take(Delta).text == codec.decode([100, 101], True)
     assert around.api().take(Finished).completion_tokens == 3
+
+
+def test_a_grammar_is_checked_before_the_scheduler_hears_of_it(around: Around) -> None:
+    for _ in range(2):  # the second time it is known
+        wanted = SamplingParams(seed=1, ignore_eos=True, structured_outputs=StructuredOutputs(regex="[a-c]+"))
+        submit = around.begin("g", wanted)
+        assert submit.sampling.structured_outputs == wanted.structured_outputs
+        assert submit.eos_ids == MODEL.eos_ids  # the grammar may leave nothing else
+        around.api().send(Abort("g"))
+        assert around.told(Abort) == Abort("g")
+
+
+def test_a_bad_grammar_ends_alone(around: Around) -> None:
+    bad = StructuredOutputs(json='{"type": 1}', source="response_format")
+    around.api().send(
+        generate("bad", TextPrompt("x"), SamplingParams(seed=1, structured_outputs=bad)),
+        generate("gone", TextPrompt("x"), SamplingParams(seed=1, structured_outputs=StructuredOutputs(regex="zz*"))),
+        Abort("gone"),
+        generate("good", TextPrompt("x")),
+    )
+    endings: dict[str, Any] = {}
+    while len(endings) < 2:
+        frame = around.api().client.receive(WAIT_S)
+        assert frame is not None
+        endings |= {message.request_id: message for message in frame}
+    assert isinstance(endings["good"], Started)
+    refused = endings["bad"]
+    assert isinstance(refused, Rejected)
+    assert (refused.code, refused.param) == ("invalid_grammar", "response_format")
+    assert refused.message.startswith("response_format: ")
+    assert around.told(Submit).request_id == "good"
+    around.api().send(Abort("good"))
+    assert around.told(Abort) == Abort("good")
 
 
 @pytest.mark.parametrize(

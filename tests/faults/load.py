@@ -14,6 +14,7 @@ import openai
 from tests.e2e.serving import Server
 
 PROMPTS = ["Tell me a long story.", "What is 47 + 385?", "Tell me about a fox.", "What is the capital of Hungary?"]
+_NAMES = {"type": "array", "items": {"type": "string", "maxLength": 12}, "minItems": 40}
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0, "seed": 1},  # the null device draws by the seed alone
     {"temperature": 1.0, "seed": 11},
@@ -21,6 +22,7 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 0.7, "seed": 7, "logprobs": True, "top_logprobs": 2},
     {"temperature": 1.0, "seed": 9, "stop": ["zebra crossing", "the end of"]},
     {"temperature": 0.9, "seed": 3, "presence_penalty": 0.7, "frequency_penalty": 0.4},
+    {"seed": 13, "response_format": {"type": "json_schema", "json_schema": {"name": "names", "schema": _NAMES}}},
 ]
 
 

@@ -289,3 +289,38 @@ def test_top_k_alone_keeps_exactly_k_of_equals() -> None:
     k = torch.tensor([1, 300, 256], dtype=torch.int32)
     _truncate(scaled, k, torch.ones(3), torch.zeros(3))
     assert [line.isfinite().nonzero()[:, 0].tolist() for line in scaled] == [list(range(n)) for n in (1, 300, 256)]
+
+
+def test_only_allowed_ids_of_constrained_rows() -> None:
+    """Masks beyond a whole number of words, with every stage, for some rows of many; the others are as without."""
+    rng = random.Random(7)
+    vocab, rows = 77, 12
+    logits = torch.tensor([[rng.gauss(0, 3) for _ in range(vocab)] for _ in range(rows)])
+    params = [
+        Row(i % 3 * 0.7, i % 4 * 5, 1 - i % 2 * 0.3, i % 2 * 0.05, repetition=1 + i % 2, key0=i, key1=9, prompt=[1, 2])
+        for i in range(rows)
+    ]
+    plain = pack(params, num_logprobs=2)
+    sets = {i: set(rng.sample(range(vocab), k)) | extra for i, k, extra in [(0, 1, {76}), (4, 3, {31}), (11, 1, set())]}
+    masks = np.zeros((len(sets), 3), dtype=np.uint32)
+    for line, ids in zip(masks, sets.values(), strict=True):
+        for token in ids:
+            line[token // 32] |= np.uint32(1 << token % 32)
+    constrained = dataclasses.replace(
+        plain,
+        allowed=torch.from_numpy(masks.view(np.int32)),
+        allowed_rows=torch.tensor(list(sets), dtype=torch.int32),
+    )
+    before = logits.clone()
+    free, bound = sample(logits, plain), sample(logits, constrained)
+    assert torch.equal(logits, before)
+    for row in range(rows):
+        if row in sets:
+            assert int(bound.ids[row]) in sets[row]
+            assert bound.chosen is not None
+            expected = torch.log_softmax(logits[row], dim=-1)[bound.ids[row]]
+            assert torch.allclose(bound.chosen[row], expected)
+        else:
+            assert int(bound.ids[row]) == int(free.ids[row])
+    (greedy,) = (i for i in sets if params[i].temperature == 0 and params[i].repetition == 1)
+    assert int(bound.ids[greedy]) == max(sets[greedy], key=lambda token: float(logits[greedy, token]))

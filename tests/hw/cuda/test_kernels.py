@@ -255,3 +255,18 @@ def test_sample(device: torch.device) -> None:
         score = logits[row].cpu().double() / float(temperature[row]) + noise
         assert score[ids[row]] >= score.max() - 1e-4
     assert sample(logits, None, None, None).tolist() == logits.argmax(-1).tolist()
+
+
+def test_sample_draws_only_what_is_finite(device: torch.device) -> None:
+    """A grammar's rows have -inf for all but a few ids, which may all lie in one program's part."""
+    rows, vocab = 3, 5000
+    logits = torch.full((rows, vocab), -torch.inf, device=device)
+    kept = [[4999], [0, 17], [1023, 1024, 3000]]
+    for row, ids in enumerate(kept):
+        logits[row, ids] = torch.randn(len(ids), device=device) * 30 - 1000
+    temperature = torch.tensor([0.01, 5.0, 0.0], device=device)
+    for _ in range(3):
+        keys = torch.randint(-(2**31), 2**31, (2, rows), dtype=torch.int32, device=device)
+        drawn = sample(logits, temperature, keys[0], keys[1]).tolist()
+        assert all(token in ids for token, ids in zip(drawn, kept, strict=True))
+    assert sample(logits, None, None, None).tolist() == logits.argmax(-1).tolist()

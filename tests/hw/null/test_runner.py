@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from core.config import Config
 from core.messages import Batch, NewSequence, RowResult, Scheduled
-from core.model_info import ModelInfo
+from core.model_info import ModelInfo, resolve
+from core.text_codec import TextCodec
 from hw.null.runner import NullRunner
-from quire import SamplingParams
+from quire import SamplingParams, StructuredOutputs
 
 MODEL = ModelInfo("", "m", "r", "llama", [], vocab_size=50, max_model_len=64, eos_ids=[3, 7])
 
@@ -45,6 +48,22 @@ def test_end_of_sequence_is_never_drawn_and_ids_spread() -> None:
     assert not {3, 7} & set(ids)
     assert len(set(ids)) > 25
     assert all(0 <= token < 50 for token in ids)
+
+
+def test_a_grammar_is_followed_to_its_end() -> None:
+    model = resolve("tiny-chat")
+    codec = TextCodec(Path(model.path))
+    for seed in range(10):
+        runner = NullRunner(Config(device="null"), model)
+        wanted = SamplingParams(seed=seed, structured_outputs=StructuredOutputs(regex="(ab|c){3}"))
+        new, ids = [NewSequence(0, 0, [1, 2], [], wanted, model.eos_ids)], list[int]()
+        while not set(ids) & set(model.eos_ids):
+            scheduled = Scheduled(0, len(ids) and len(ids) + 1, 1 if ids else 2, True)
+            (answer,) = run(runner, Batch("", 1, [scheduled], new=new, reset=bool(new)))
+            assert answer.grammar_error == ""
+            ids += answer.token_ids
+            new = []
+        assert re.fullmatch("(ab|c){3}", codec.decode(ids[:-1], False))
 
 
 def test_depends_on_seed_choice_and_position_only() -> None:

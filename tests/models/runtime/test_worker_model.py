@@ -9,7 +9,7 @@ import pytest
 
 from core.config import Config
 from core.messages import Batch, BatchResult, NewSequence, RowResult, Scheduled, Shutdown, WorkerFailed, WorkerReady
-from quire import SamplingParams
+from quire import SamplingParams, StructuredOutputs
 from tests.models.runtime.driving import Driver, Stream
 
 Make = Callable[[Config], Any]
@@ -37,6 +37,7 @@ class RemoteRunner:
     """A StepRunner whose steps run in the workers behind a harness."""
 
     depth = 1
+    needs_results = False
 
     def __init__(self, harness: Any) -> None:
         self.harness = harness
@@ -52,12 +53,13 @@ class RemoteRunner:
 
 
 def outputs(harness: Any) -> list[tuple[list[int], list[float]]]:
-    """Three sequences, greedy and drawn, in chunks and with a preemption."""
+    """Four sequences, greedy, drawn and constrained, in chunks and with preemptions."""
     rich = SamplingParams(seed=4, top_p=0.9, frequency_penalty=0.5, logprobs=1, prompt_logprobs=0)
     streams = [
         Stream(PROMPT, SamplingParams(temperature=0.0), 12),
         Stream(PROMPT[::-1], rich, 12, cuts={5}),
         Stream(PROMPT[3:], SamplingParams(temperature=0.0, logprobs=0), 9, joins=2),
+        Stream(PROMPT[5:], SamplingParams(seed=1, structured_outputs=StructuredOutputs(json_object=True)), 9, cuts={4}),
     ]
     Driver(RemoteRunner(harness), 4, 8).run(streams, chunk=7)
     return [(s.output, [e.logprob for e in s.logprobs + s.prompt_logprobs]) for s in streams]
