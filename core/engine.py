@@ -328,6 +328,7 @@ def make_scheduler(ready: WorkerReady, process: Process) -> Scheduler:
         max_step_tokens=ready.max_step_tokens,
         max_model_len=process.model.max_model_len,
         ideal_step_tokens=ready.ideal_step_tokens,
+        step_sizes=tuple(ready.step_sizes),
     )
     caching = process.config.prefix_caching
     # Workers may still answer steps of a scheduler that died: no number of its is used again (steps take over 1 µs).

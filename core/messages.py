@@ -251,6 +251,7 @@ class WorkerReady(Message, frozen=True):
     kv_bytes: int = 0
     ideal_step_tokens: int = 160  # where the device's GEMMs turn compute-bound (pacing)
     pid: int = 0  # tells a rank that was restarted from one that says it again
+    step_sizes: list[int] = []  # token counts to which steps are padded, ascending; empty: none is
 
 
 class TokenLogprobs(Message, frozen=True):

@@ -8,6 +8,7 @@ the queue.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,7 +16,6 @@ from core.request import Sequence
 
 MIN_CHUNK = 32  # a prompt never waits for ever behind a full house of decodes
 QUEUE_STEPS = 64  # the backlog of prompt tokens shrinks by this share of it in every step
-BALANCE = 1.15  # a little more prefill than what keeps as many decoding as now, so that no queue builds up
 MEMORY = 64  # ended sequences over which Demand takes its means
 
 
@@ -45,19 +45,29 @@ class Demand:
 
 
 def prefill_budget(
-    num_decodes: int, backlog_tokens: int, ideal_step_tokens: int, max_step_tokens: int, ratio: float = 0.0
+    num_decodes: int,
+    backlog_tokens: int,
+    ideal_step_tokens: int,
+    max_step_tokens: int,
+    ratio: float = 0.0,
+    step_sizes: tuple[int, ...] = (),
 ) -> int:
-    """Prompt tokens that may ride in a step with `num_decodes` decoding sequences; `ratio` is that of Demand.
+    """Prompt tokens that may ride in a step with `num_decodes` decoding sequences.
 
-    A crowd that arrives at once is spread over steps, and so ends spread: prompts then ride along with decodes for
-    ever after, at a third of what they cost alone. Only a backlog far larger than that takes more of each step.
+    `ratio` is that of Demand: as many prompt tokens for each decode keep the house full. A crowd that arrives at once
+    is thereby spread over steps, and so ends spread: prompts then ride along with decodes for ever after, at a fraction
+    of what they cost alone. Only a backlog far larger than that takes more of each step. What would be padding up to
+    the next of `step_sizes` is filled with prompt tokens too.
     Without decodes nobody's inter-token time is at stake: the step is filled to the brim.
     """
     room = max_step_tokens - num_decodes
     if num_decodes == 0:
         return room
-    balance = math.ceil(BALANCE * num_decodes * ratio)
+    balance = math.ceil(num_decodes * ratio)
     budget = max(ideal_step_tokens - num_decodes, balance, backlog_tokens // QUEUE_STEPS, MIN_CHUNK)
+    at = bisect_left(step_sizes, num_decodes + budget)
+    if at < len(step_sizes):
+        budget = step_sizes[at] - num_decodes
     return max(0, min(budget, room))
 
 

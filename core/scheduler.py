@@ -30,12 +30,14 @@ from core.request import Request, Sequence, State
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the workers can hold. ideal_step_tokens: where their GEMMs turn compute-bound."""
+    """What the workers can hold. ideal_step_tokens: where their GEMMs turn compute-bound; step_sizes: token counts to
+    which steps are padded, ascending."""
 
     max_num_seqs: int
     max_step_tokens: int
     max_model_len: int
     ideal_step_tokens: int = 160
+    step_sizes: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -209,6 +211,7 @@ class Scheduler:
             self.limits.ideal_step_tokens,
             self.limits.max_step_tokens,
             self.demand.ratio,
+            self.limits.step_sizes,
         )
         for sequence in prefills:
             if budget <= 0:

@@ -38,7 +38,9 @@ Forward = Callable[[torch.Tensor, StepInputs, list[LayerCache]], torch.Tensor]
 
 
 class StepGraphs(Protocol):
-    """A Forward that replays captured graphs, one per padded token count."""
+    """A Forward that replays captured graphs, one per padded token count: `sizes`, ascending."""
+
+    sizes: list[int]
 
     def pad(self, tokens: int) -> int:
         """The padded size of a step of so many tokens."""

@@ -69,6 +69,7 @@ class ModelRunner:
         self._backend = backend
         self._pool = pool
         self._limits = limits
+        self._step_sizes = [] if graphs is None else graphs.sizes
         self._pad: Callable[[int], int] = (lambda tokens: tokens) if graphs is None else graphs.pad
         self._grammars = grammars
         self._weights_bytes = weights_bytes
@@ -101,6 +102,7 @@ class ModelRunner:
             weights_bytes=self._weights_bytes,
             kv_bytes=layout.total_bytes,
             ideal_step_tokens=self._backend.capabilities.ideal_step_tokens,
+            step_sizes=self._step_sizes,
         )
 
     @torch.inference_mode()

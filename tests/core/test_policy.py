@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from core.messages import Submit
-from core.policy import BALANCE, MIN_CHUNK, QUEUE_STEPS, Demand, order, prefill_budget, victim
+from core.policy import MIN_CHUNK, QUEUE_STEPS, Demand, order, prefill_budget, victim
 from core.request import Request, Sequence
 from quire import SamplingParams
 
@@ -46,10 +44,16 @@ def test_prompts_keep_step_with_what_is_generated() -> None:
     for _ in range(1000):
         demand.observe(512, 256)
     assert demand.ratio == pytest.approx(2)
-    assert prefill_budget(100, 50, 160, 2048, demand.ratio) == math.ceil(BALANCE * 200)
+    assert prefill_budget(100, 50, 160, 2048, demand.ratio) == 200
     for _ in range(1000):
         demand.observe(10, 200)  # another load: the means follow
     assert demand.ratio == pytest.approx(0.05, rel=0.01)
+
+
+def test_padding_is_filled() -> None:
+    assert prefill_budget(250, 5000, 160, 2048, 2.0, (1, 512, 768, 1024)) == 768 - 250
+    assert prefill_budget(100, 5000, 160, 2048, 2.0, (1, 300, 768)) == 200  # a whole step: nothing to fill
+    assert prefill_budget(100, 5000, 160, 2048, 3.0, (1, 300)) == 300  # beyond the sizes: as it is
 
 
 def test_many_decodes_still_let_a_chunk_in() -> None:

@@ -98,14 +98,16 @@ def compile_all() -> None:
         fp8_linear(x, empty(FP8, 4096, 14336), empty(F32, 4096), None, BF16, empty(F32), pdl=PDL)
     for store in (BF16, FP8):
         for dim in (64, 96, 128, 256):
-            heads, kv_heads, tokens, seqs = 32, 8, 128, 64
+            heads, kv_heads, seqs = 32, 8, 64
             cache = empty(store, 100, kv_heads, 32, dim)
             scale = empty(F32) if store is FP8 else None
             v_cache = empty(store, 100, kv_heads, dim, 32) if store is FP8 else cache
-            rope_cache(
-                product(tokens, (heads + 2 * kv_heads) * dim, 2), heads, kv_heads, dim, empty(F32, 4096, 2, dim // 2),
-                empty(I32, tokens), empty(I32, tokens), cache, v_cache, k_scale=scale, v_scale=scale, pdl=PDL,
-            )  # fmt: skip
+            for tokens in (512, 128):
+                rope_cache(
+                    product(tokens, (heads + 2 * kv_heads) * dim, 2), heads, kv_heads, dim,
+                    empty(F32, 4096, 2, dim // 2),
+                    empty(I32, tokens), empty(I32, tokens), cache, v_cache, k_scale=scale, v_scale=scale, pdl=PDL,
+                )  # fmt: skip
             q = empty(BF16, tokens, heads, dim)
             shared = (q, cache, v_cache, empty(I32, 64, 256), empty(I32, seqs), empty(I32, seqs + 1), empty(I32, seqs),
                       0.1, None)  # fmt: skip

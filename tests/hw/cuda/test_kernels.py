@@ -97,13 +97,17 @@ def test_embed_gives_zero_outside_the_table(device: torch.device) -> None:
     assert not result[2:].any()
 
 
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "rotary", "store", "norm"),
     [(4, 2, 64, 64, BF16, False), (3, 3, 96, 48, F8, False), (8, 1, 128, 128, F8, True), (2, 1, 256, 256, BF16, True)],
 )
 def test_rope_cache(
-    device: torch.device, heads: int, kv_heads: int, dim: int, rotary: int, store: torch.dtype, norm: bool
-) -> None:
+    device: torch.device, heads: int, kv_heads: int, dim: int, rotary: int, store: torch.dtype, norm: bool, many: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if many:
+        monkeypatch.setattr("hw.cuda.rope_cache.MANY_ROWS", 2)
     tokens, size, blocks = 5, 16, 4
     qkv, meant = make_product(device, tokens, (heads + 2 * kv_heads) * dim, 2, bias=True)
     angles = torch.rand(50, rotary // 2, device=device) * 6
