@@ -27,15 +27,13 @@ from hw.cpu.backend import Copied
 from hw.cuda.backend import CudaBackend, settle_cache_keys
 from hw.cuda.ops import CudaOps
 from hw.cuda.precompile import NoCuda, NoDriver, Precompile, start
+from hw.devices import CUDA
 from models.runtime import build
 from quire import SamplingParams
 
 TARGET = GPUTarget("cuda", 90, 32)
 SEQS = 40
-CAPABILITIES = Capabilities(
-    name="cuda", device_name="none", dtypes=("bfloat16",), kv_dtypes=("bfloat16", "fp8"), schemes=("none", "fp8"),
-    graphs=True, block_size=16, ideal_step_tokens=160, memory_bytes=1 << 37,
-)  # fmt: skip
+CAPABILITIES = Capabilities.of_gpu("cuda", CUDA["sm_90"], "none", 1 << 37)
 
 
 class Device(CudaBackend):
