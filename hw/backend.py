@@ -59,7 +59,7 @@ class Capabilities:
         device = f"{self.device_name} ({self.architecture})" if self.architecture else self.device_name
         text = f"--{option.replace('_', '-')}: {value!r} is not available on {device}"
         if value == "fp8" and self.fp8 is None:
-            text += f", which has no FP8 products; they begin with: {with_fp8()}. Here"
+            text += f", which has no FP8 products; {with_fp8()} have. Here"
         else:
             text += ";"
         return QuireError("invalid_config", f"{text} choose {', '.join(choices)}", option)
