@@ -95,7 +95,7 @@ def test_what_runs(install: Install, row: Any) -> None:
         facts = backend.capabilities
         assert (facts.name, facts.device_name, facts.memory_bytes) == (name, gpu.name, gpu.total_memory)
         assert (facts.dtypes, facts.kv_dtypes, facts.schemes, facts.fp8) == (dtypes, kv_dtypes, schemes, fp8)
-        assert (facts.graphs, facts.block_size, facts.ideal_step_tokens) == (True, 16, tokens)
+        assert (facts.graphs, facts.block_size, facts.ideal_step_tokens) == (True, 32, tokens)
         assert backend.ops.pdl == pdl
         compiled_for = backend._target
         assert (compiled_for.backend, compiled_for.arch, compiled_for.warp_size) == target
