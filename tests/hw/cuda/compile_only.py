@@ -23,13 +23,10 @@ from triton.runtime.jit import JITFunction
 from hw.devices import CUDA, ROCM
 
 DEVICE = (CUDA | ROCM)[sys.argv[1]]
-ON_CUDA = DEVICE.name in CUDA
-TARGET = (
-    GPUTarget("cuda", int(DEVICE.name.removeprefix("sm_")), DEVICE.wave)
-    if ON_CUDA
-    else GPUTarget("hip", DEVICE.name, DEVICE.wave)
-)
-if TARGET.backend == "hip":
+if DEVICE.name in CUDA:
+    TARGET = GPUTarget("cuda", int(DEVICE.name.removeprefix("sm_")), DEVICE.wave)
+else:
+    TARGET = GPUTarget("hip", DEVICE.name, DEVICE.wave)
     torch.version.hip = "6"  # before hw.cuda.target reads it
 COMPILED: list[tuple[str, Any]] = []
 
