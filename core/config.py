@@ -21,7 +21,7 @@ from msgspec import Meta
 
 from core.errors import QuireError
 
-Device = Literal["auto", "cpu", "cuda", "null"]
+Device = Literal["auto", "cpu", "cuda", "rocm", "null"]
 DType = Literal["auto", "float32", "bfloat16"]
 Quantization = Literal["none", "int8", "int4", "fp8"]
 LogFormat = Literal["text", "json"]

@@ -8,7 +8,9 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from core.errors import QuireError
 from hw.comm import Comm
+from hw.devices import Architecture, ideal_step_tokens, with_fp8
 from hw.kvcache import KVCachePool, KVLayout
 from hw.ops import GroupInputs, LayerCache, Ops, StepInputs
 
@@ -20,6 +22,7 @@ class Capabilities:
     dtypes: weights and activations it computes in, best first. kv_dtypes: cache storage. schemes: quantizations.
     graphs: steps can be captured and replayed. block_size: default tokens per KV block.
     ideal_step_tokens: where its GEMMs turn from memory-bound to compute-bound (pacing).
+    fp8: torch's name of the format that "fp8" means here; None: it has none. architecture: for messages.
     """
 
     name: str
@@ -31,6 +34,35 @@ class Capabilities:
     block_size: int
     ideal_step_tokens: int
     memory_bytes: int
+    fp8: str | None = None
+    architecture: str = ""
+
+    @staticmethod
+    def of_gpu(name: str, architecture: Architecture, device_name: str, memory_bytes: int) -> Capabilities:
+        """Of a GPU, from the table of devices."""
+        return Capabilities(
+            name=name,
+            device_name=device_name,
+            dtypes=architecture.dtypes,
+            kv_dtypes=architecture.kv_dtypes,
+            schemes=architecture.schemes,
+            graphs=architecture.graphs,
+            block_size=32,  # with 16, an FP8 value tile is read in pieces of 64 bytes, a sixth slower on an H200
+            ideal_step_tokens=ideal_step_tokens(architecture.name, memory_bytes),
+            memory_bytes=memory_bytes,
+            fp8=architecture.fp8,
+            architecture=architecture.label,
+        )
+
+    def refusal(self, option: str, value: str, choices: tuple[str, ...]) -> QuireError:
+        """invalid_config: the device cannot do what an option asks. option: the config's name of it."""
+        device = f"{self.device_name} ({self.architecture})" if self.architecture else self.device_name
+        text = f"--{option.replace('_', '-')}: {value!r} is not available on {device}"
+        if value == "fp8" and self.fp8 is None:
+            text += f", which has no FP8 products; {with_fp8()} have. Here"
+        else:
+            text += ";"
+        return QuireError("invalid_config", f"{text} choose {', '.join(choices)}", option)
 
 
 Forward = Callable[[torch.Tensor, StepInputs, list[LayerCache]], torch.Tensor]

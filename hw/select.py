@@ -17,6 +17,7 @@ from hw.backend import Backend
 
 BACKENDS: dict[str, str] = {
     "cuda": "hw.cuda.backend",
+    "rocm": "hw.rocm.backend",
     "cpu": "hw.cpu.backend",
 }
 AUTO = tuple(BACKENDS)

@@ -14,6 +14,7 @@ from hw.comm import Comm
 from hw.cpu import native
 from hw.cpu.native_ops import NativeOps
 from hw.cpu.ops import CpuOps
+from hw.devices import E4M3FN
 from hw.kvcache import KVCachePool, KVLayout
 from hw.ops import Ops
 
@@ -61,6 +62,7 @@ class CpuBackend:
             block_size=16,
             ideal_step_tokens=128,
             memory_bytes=psutil.virtual_memory().total,
+            fp8=E4M3FN,
         )
 
     def free_bytes(self) -> int:

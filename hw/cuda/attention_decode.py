@@ -14,7 +14,7 @@ import triton.language as tl
 from hw.cuda.attention_decode_fp8 import attention_decode_fp8
 from hw.cuda.attention_split import LOG2E, Parts, num_splits, split_range
 from hw.cuda.product import launch_options
-from hw.cuda.target import INTERPRET, launch_next, wait, wait_at_end
+from hw.cuda.target import INTERPRET, launch_next, stages, wait, wait_at_end
 
 
 @triton.jit
@@ -144,6 +144,6 @@ def attention_decode(
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_SIZE=block_size, GROUP=group,
         TILE_G=max(16, triton.next_power_of_2(group)), TILE=64 if row_bytes <= 512 else 32, SPLITS=splits,
         MIN_SPLIT=min_split, WINDOW=window is not None, DOT=dot_dtype(q), LATE=late, PDL=pdl,
-        num_warps=4, num_stages=3, **launch_options(pdl),
+        num_warps=4, num_stages=stages(3), **launch_options(pdl),
     )  # fmt: skip
     return parts

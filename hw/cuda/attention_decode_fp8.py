@@ -16,7 +16,7 @@ import triton.language as tl
 
 from hw.cuda.attention_split import LOG2E, Parts, split_range
 from hw.cuda.product import launch_options
-from hw.cuda.target import FP8_MAX, fp8_dot, launch_next, to_fp8, wait, wait_at_end
+from hw.cuda.target import FP8_MAX, fp8_dot, launch_next, stages, to_fp8, wait, wait_at_end
 
 P_SCALE = 128.0  # probabilities are at most 1; FP8's range reaches 240 or 448
 
@@ -142,5 +142,5 @@ def attention_decode_fp8(
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_D=max(64, block_d), BLOCK_SIZE=block_size, GROUP=group,
         SLOTS=max(8, triton.next_power_of_2(group)), TILE=64 if block_d > 128 else 128, SPLITS=parts.values.shape[1],
         MIN_SPLIT=parts.min_split, WINDOW=window is not None, LIMIT=FP8_MAX, P_SCALE=P_SCALE, LATE=late, PDL=pdl,
-        num_warps=4, num_stages=5 if block_d <= 128 and parts.min_split > 256 else 3, **launch_options(pdl),
+        num_warps=4, num_stages=stages(5 if block_d <= 128 and parts.min_split > 256 else 3), **launch_options(pdl),
     )  # fmt: skip

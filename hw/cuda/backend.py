@@ -1,4 +1,4 @@
-"""The CUDA backend: Hopper GPUs with FP8 and graphs; older ones in bfloat16."""
+"""The CUDA backend: NVIDIA's GPUs from the A100 on; what each of them can do is in hw/devices.py."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from core.errors import QuireError
 from hw.backend import Capabilities, Compiling, Forward, HostCopy, Span, Trace
 from hw.comm import Comm
 from hw.cuda.graphs import StepGraphs
 from hw.cuda.ops import CudaOps
 from hw.cuda.product import Product, finish
-from hw.cuda.target import supports_pdl
+from hw.cuda.target import INTERPRET
+from hw.devices import CUDA, Architecture, find
 from hw.kvcache import KVCachePool, KVLayout
 from hw.ops import Ops
 
 log = logging.getLogger("quire.cuda")
-
-MIN_COMPUTE_CAPABILITY = (8, 0)  # bfloat16 products
-FP8_COMPUTE_CAPABILITY = (8, 9)  # e4m3 products
 
 
 class CudaSpan:
@@ -58,25 +57,21 @@ class PinnedCopy:
 
 
 class CudaBackend:
-    """See hw.backend.Backend. One object per device, and its process's only one."""
+    """See hw.backend.Backend. One object per device, and its process's only one.
 
-    def __init__(self, index: int) -> None:
+    Args:
+        name: of the backend. index: of the device. architecture: what the device can do.
+        target: what its kernels are compiled for.
+    """
+
+    def __init__(self, name: str, index: int, architecture: Architecture, target: GPUTarget) -> None:
         torch.cuda.set_device(index)
         self.device = torch.device("cuda", index)
+        self._target = target
+        self._pdl = architecture.dependent_launches and not INTERPRET.value
         properties = torch.cuda.get_device_properties(index)
-        fp8 = (properties.major, properties.minor) >= FP8_COMPUTE_CAPABILITY
-        self.ops: Ops = CudaOps(self.device, supports_pdl())
-        self.capabilities = Capabilities(
-            name="cuda",
-            device_name=properties.name,
-            dtypes=("bfloat16", "float32"),
-            kv_dtypes=("bfloat16", "float32", "fp8") if fp8 else ("bfloat16", "float32"),
-            schemes=("none", "fp8") if fp8 else ("none",),
-            graphs=True,
-            block_size=32,  # with 16, an FP8 value tile is read in pieces of 64 bytes, a sixth slower
-            ideal_step_tokens=160,
-            memory_bytes=properties.total_memory,
-        )
+        self.ops: Ops = CudaOps(self.device, self._pdl)
+        self.capabilities = Capabilities.of_gpu(name, architecture, properties.name, properties.total_memory)
 
     def free_bytes(self) -> int:
         """What the driver would still give, with torch's own unused memory handed back first."""
@@ -118,10 +113,8 @@ class CudaBackend:
         # It builds on this module.
         from hw.cuda.precompile import start
 
-        major, minor = torch.cuda.get_device_capability(self.device)
-        target = GPUTarget("cuda", 10 * major + minor, 32)
         try:
-            return start(trace, self.capabilities, target, supports_pdl(), Comm(rank, ranks))
+            return start(trace, self.capabilities, self._target, self._pdl, Comm(rank, ranks))
         except OSError as error:
             log.warning("kernels are compiled one by one: %s", error)
             return None
@@ -133,9 +126,17 @@ def available() -> str | None:
         return "this torch is built for ROCm"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    if torch.cuda.get_device_capability() < MIN_COMPUTE_CAPABILITY:
-        return f"{torch.cuda.get_device_name()} has no bfloat16 products; compute capability 8.0 is needed"
+    try:
+        architecture_of(0)
+    except QuireError as error:
+        return error.message
     return None
+
+
+def architecture_of(index: int) -> Architecture:
+    """Of a device. Raises QuireError invalid_config when the kernels are not made for it."""
+    properties = torch.cuda.get_device_properties(index)
+    return find(CUDA, f"sm_{properties.major}{properties.minor}", properties.name)
 
 
 def settle_cache_keys() -> None:
@@ -150,8 +151,16 @@ def settle_cache_keys() -> None:
 
 
 def make(rank: int, cache: Path | None) -> CudaBackend:
-    """The device of a rank. Compiled kernels are kept in `cache`."""
+    """The device of a rank. Compiled kernels are kept in `cache`. Raises QuireError invalid_config as architecture_of,
+    since `available` has looked at the first device only."""
+    architecture = architecture_of(rank)
+    keep_kernels(cache)
+    target = GPUTarget("cuda", int(architecture.name.removeprefix("sm_")), architecture.wave)
+    return CudaBackend("cuda", rank, architecture, target)
+
+
+def keep_kernels(cache: Path | None) -> None:
+    """Have Triton keep what it compiles in `cache`."""
     if cache is not None:
         triton.knobs.cache.dir = str(cache / "triton")
     settle_cache_keys()
-    return CudaBackend(rank)

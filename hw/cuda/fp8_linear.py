@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from hw.cuda.product import SCALE_GROUP, SMALL_STEP, Fp8, Product, launch_options
-from hw.cuda.target import fp8_dot, launch_next, wait
+from hw.cuda.target import fp8_dot, launch_next, stages, wait
 
 TILE_K = SCALE_GROUP
 MAX_OWN_OUTPUTS = 10240  # wider products have tiles enough without a split, and cuBLASLt is at the limit
@@ -105,6 +105,6 @@ def fp8_linear(
     fp8_linear_kernel[(triton.cdiv(num_out, TILE_N), splits)](
         x.values, x.scale, weight, parts, tokens, num_out, num_in, num_in // splits, TILE_N=TILE_N,
         TILE_M=max(16, triton.next_power_of_2(tokens)), TILE_K=TILE_K, GROUPED=grouped, PDL=pdl, num_warps=4,
-        num_stages=4, **launch_options(pdl),
+        num_stages=stages(4), **launch_options(pdl),
     )  # fmt: skip
     return Product(parts, dtype, None if grouped else x.scale, scale, bias)

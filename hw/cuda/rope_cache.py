@@ -151,6 +151,7 @@ def rope_cache(
         values if v_scale is None else v_scale, rows, eps, **product.flags(), HEADS=num_heads, KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim, HALF=rope.shape[2], BLOCK_SIZE=block_size, NORM=q_norm is not None,
         STORE_MAX=torch.finfo(k_cache.dtype).max if stored_fp8 else 0.0, TILE=HEADS_PER_PROGRAM,
-        BLOCK_D=triton.next_power_of_2(head_dim), ROWS=rows_each, PDL=pdl, num_warps=2 if rows_each == 1 else 4, **launch_options(pdl),
+        BLOCK_D=triton.next_power_of_2(head_dim), ROWS=rows_each, PDL=pdl,
+        num_warps=2 if rows_each == 1 else 4, **launch_options(pdl),
     )  # fmt: skip
     return q

@@ -18,12 +18,10 @@ FP8 = torch.float8_e4m3fnuz if HIP else torch.float8_e4m3fn
 FP8_MAX = 240.0 if HIP else 448.0
 
 
-def supports_pdl() -> bool:
-    """Whether dependent launches may overlap (Hopper and later): `griddepcontrol` neither assembles on HIP nor runs in
-    the interpreter."""
-    if HIP or INTERPRET.value or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability()[0] >= 9
+def stages(wanted: int) -> int:
+    """How many tiles a kernel loads ahead, where `wanted` is right for 100 KiB of shared memory and more: AMD's 64 KiB
+    hold one tile beside the one in registers."""
+    return min(wanted, 2) if HIP else wanted
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from core.errors import QuireError
+from hw.backend import Capabilities
 from hw.ops import ActFormat, Activation, Ops
 from hw.quant.scheme import Packed, Scheme
 
@@ -39,6 +40,6 @@ class Int4:
         return result if bias is None else result.add_(bias)
 
 
-def make() -> Scheme:
-    """The scheme."""
+def make(capabilities: Capabilities) -> Scheme:
+    """The scheme, the same on every device."""
     return Int4()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from hw.backend import Capabilities
 from hw.ops import ActFormat, Activation, Ops
 from hw.quant.scheme import Packed, Scheme
 
@@ -28,6 +29,6 @@ class Int8:
         return result if bias is None else result.add_(bias)
 
 
-def make() -> Scheme:
-    """The scheme."""
+def make(capabilities: Capabilities) -> Scheme:
+    """The scheme, the same on every device."""
     return Int8()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from hw.backend import Capabilities
 from hw.ops import ActFormat, Activation, Ops
 from hw.quant.scheme import Packed, Scheme
 
@@ -24,6 +25,6 @@ class Plain:
         return ops.linear(x, packed[0], bias)
 
 
-def make() -> Scheme:
-    """The scheme."""
+def make(capabilities: Capabilities) -> Scheme:
+    """The scheme, the same on every device."""
     return Plain()

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from core.errors import QuireError
+from hw.backend import Capabilities
 from hw.ops import ActFormat, Activation, Ops
 
 SCHEMES = {
@@ -47,17 +47,17 @@ class Scheme(Protocol):
 
 @runtime_checkable
 class AdoptsFp8(Protocol):
-    """A scheme whose packed form is e4m3 with a scale per output channel: a checkpoint's is taken over unchanged."""
+    """A scheme whose packed form is e4m3 with a scale per output channel: a checkpoint's is taken over, value by value
+    the same."""
 
     def adopt(self, values: torch.Tensor, scale: torch.Tensor) -> Packed:
-        """values [n, k] e4m3, scale [n] float32 (weight = values * scale) -> the tensors that are kept."""
+        """values [n, k] e4m3fn, scale [n] float32 (weight = values * scale) -> the tensors that are kept."""
         ...
 
 
-def make_scheme(name: str, supported: tuple[str, ...]) -> Scheme:
-    """The scheme of --quantization, if the backend (`supported`) has it."""
-    if name not in SCHEMES or name not in supported:
-        text = f"--quantization: {name!r} is not available on this device; choose one of {', '.join(supported)}"
-        raise QuireError("invalid_config", text, "quantization")
-    scheme: Scheme = importlib.import_module(SCHEMES[name]).make()
+def make_scheme(name: str, capabilities: Capabilities) -> Scheme:
+    """The scheme of --quantization on a device. Raises QuireError invalid_config if the device does not have it."""
+    if name not in SCHEMES or name not in capabilities.schemes:
+        raise capabilities.refusal("quantization", name, capabilities.schemes)
+    scheme: Scheme = importlib.import_module(SCHEMES[name]).make(capabilities)
     return scheme

@@ -10,12 +10,11 @@ import torch
 from msgspec.structs import replace
 
 from core.config import Config
-from core.errors import QuireError
 from core.grammar import load_grammars
 from core.grammar_rows import GrammarRows
 from core.model_info import ModelInfo
 from core.process import Process
-from hw.backend import Backend, CompilesAhead, Compiling
+from hw.backend import Backend, Capabilities, CompilesAhead, Compiling
 from hw.comm import Comm, TorchComm
 from hw.kvcache import KVLayout
 from hw.select import select
@@ -40,7 +39,7 @@ def build_runner(process: Process, phases: dict[str, float]) -> ModelRunner:
     backend = select(config.device, rank, Path(config.cache_dir))
     compiling = begin_compiling(config, process.model, backend, rank)
     try:
-        comm = join(process) if config.tensor_parallel_size > 1 else Comm()
+        comm = join(process, backend) if config.tensor_parallel_size > 1 else Comm()
         return load_runner(config, process.model, backend, comm, phases, compiling)
     finally:
         if compiling is not None:
@@ -76,7 +75,7 @@ def load_weights(config: Config, model: ModelInfo, backend: Backend, comm: Comm)
         Path(model.path),
         backend,
         comm,
-        dtype=dtype_of(config.dtype, backend.capabilities.dtypes, "dtype"),
+        dtype=dtype_of(config.dtype, "dtype", backend.capabilities.dtypes, backend.capabilities),
         quantization=config.quantization,
         load_format=config.load_format,
         num_positions=model.max_model_len,
@@ -96,10 +95,12 @@ def make_runner(
     """The cache and the graphs around a loaded model."""
     begin_s = time.monotonic()
     on_cpu = backend.device.type == "cpu"
-    name, option = (config.dtype, "dtype") if config.kv_dtype == "auto" else (config.kv_dtype, "kv_dtype")
-    supported = backend.capabilities.dtypes if config.kv_dtype == "auto" else backend.capabilities.kv_dtypes
-    stored = dtype_of(name, supported, option)
-    layout = KVLayout.build(loaded.kv_layers, config.block_size or backend.capabilities.block_size, stored)
+    facts = backend.capabilities
+    if config.kv_dtype == "auto":
+        stored = dtype_of(config.dtype, "dtype", facts.dtypes, facts)
+    else:
+        stored = dtype_of(config.kv_dtype, "kv_dtype", facts.kv_dtypes, facts)
+    layout = KVLayout.build(loaded.kv_layers, config.block_size or facts.block_size, stored)
     blocks = plan_blocks(
         config, layout, backend.free_bytes(), model.max_model_len, on_cpu=on_cpu, ranks=config.tensor_parallel_size
     )
@@ -149,22 +150,22 @@ def begin_compiling(config: Config, model: ModelInfo, backend: Backend, rank: in
     return backend.precompile(trace, rank, config.tensor_parallel_size)
 
 
-def join(process: Process) -> Comm:
+def join(process: Process, backend: Backend) -> Comm:
     """The group of ranks of this start."""
     rank, size = process.index, process.config.tensor_parallel_size
     epoch = meet(process.run_dir, rank, keep_waiting=lambda: not process.stopping)
-    collectives = "nccl" if torch.cuda.is_available() and process.config.device in ("auto", "cuda") else "gloo"
+    collectives = "nccl" if backend.device.type == "cuda" else "gloo"  # torch calls AMD's devices and RCCL so too
     return TorchComm(collectives, rank, size, process.run_dir, epoch=epoch)
 
 
-def dtype_of(name: str, supported: tuple[str, ...], option: str) -> torch.dtype:
-    """The torch type of an option; "auto" is the device's best. Raises QuireError invalid_config."""
+def dtype_of(name: str, option: str, supported: tuple[str, ...], facts: Capabilities) -> torch.dtype:
+    """The torch type of an option; "auto" is the device's best of those it has for it (`supported`). Raises QuireError
+    invalid_config."""
     if name == "auto":
         name = supported[0]
     if name not in supported:
-        text = f"--{option.replace('_', '-')}: {name!r} is not available on this device; choose {', '.join(supported)}"
-        raise QuireError("invalid_config", text, option)
-    dtype: torch.dtype = getattr(torch, {"fp8": "float8_e4m3fn"}.get(name, name))
+        raise facts.refusal(option, name, supported)
+    dtype: torch.dtype = getattr(torch, facts.fp8 if name == "fp8" and facts.fp8 else name)
     return dtype
 
 

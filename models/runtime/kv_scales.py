@@ -21,6 +21,7 @@ from core.messages import NewSequence, RowBlocks, Scheduled
 from core.model_info import read_json
 from hw.kvcache import KVCachePool, KVLayout
 from hw.ops import GroupInputs, StepInputs
+from hw.quant.fnuz import FNUZ, SCALE_RATIO
 from models.layers.decoder import Decoder
 from models.runtime.inputs import RowState
 from models.runtime.weight_files import some, tensors
@@ -68,7 +69,8 @@ def set_kv_scales(
     if pool.scales is None:
         return
     if source == "one":
-        log.warning("FP8 KV cache: scales are 1.0, as --kv-scales asks; values beyond 448 are clipped")
+        limit = torch.finfo(pool.dtype).max
+        log.warning("FP8 KV cache: scales are 1.0, as --kv-scales asks; values beyond %g are clipped", limit)
         return
     num_layers = len(pool.layers)
     if source != "calibrate" and not dummy:
@@ -77,6 +79,8 @@ def set_kv_scales(
         except ValueError as error:
             raise QuireError("model_invalid", str(error), "model") from None
         if stored is not None:
+            if pool.dtype is FNUZ:  # they are meant for a format that reaches twice as far
+                stored *= SCALE_RATIO
             pool.scales.copy_(stored)
             log.info("FP8 KV cache: scales of the checkpoint; %s", _ranges(stored))
             return

@@ -57,10 +57,10 @@ def load_model(
     config = read_json(folder / "config.json")
     module = registry.find(config)
     stored = Fp8Checkpoint.read(config)
-    schemes = backend.capabilities.schemes
-    if stored is not None and quantization == "none" and "fp8" in schemes:
+    facts = backend.capabilities
+    if stored is not None and quantization == "none" and "fp8" in facts.schemes:
         quantization = "fp8"
-    parts = Parts(backend, comm, make_scheme(quantization, schemes), make_scheme("none", schemes), dtype)
+    parts = Parts(backend, comm, make_scheme(quantization, facts), make_scheme("none", facts), dtype)
     dummy = load_format == "dummy"
     try:
         scales = {} if stored is None or dummy else _scales(folder)

@@ -17,6 +17,7 @@ from core.errors import QuireError
 from hw.comm import Comm
 from hw.cpu.backend import CpuBackend
 from hw.cpu.ops import CpuOps
+from hw.devices import E4M3FN, E4M3FNUZ
 from hw.ops import ActFormat, Activation
 from hw.quant.scaled import Scaled
 from models.layers.decoder import Decoder
@@ -82,18 +83,19 @@ class Fp8Ops(CpuOps):
     def fp8_linear(
         self, x: Activation, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> Activation:
-        assert (weight.dtype, scale.dtype) == (torch.float8_e4m3fn, torch.float32)
+        assert weight.dtype in (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+        assert scale.dtype == torch.float32
         assert scale.shape == weight.shape[:1]
         return self.linear(x, weight.float() * scale[:, None], bias)
 
 
 class Fp8Backend(CpuBackend):
-    """A device whose capabilities name fp8."""
+    """A device whose capabilities name fp8. fp8: which of its formats."""
 
-    def __init__(self) -> None:
+    def __init__(self, fp8: str = E4M3FN) -> None:
         super().__init__()
         self.ops = Fp8Ops()
-        self.capabilities = replace(self.capabilities, schemes=("none", "fp8"))
+        self.capabilities = replace(self.capabilities, schemes=("none", "fp8"), fp8=fp8)
 
 
 @pytest.fixture(autouse=True)
@@ -101,10 +103,12 @@ def plain_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hw.quant.fp8.Fp8.input_format", ActFormat.PLAIN)
 
 
-def load_fp8(folder: Path, quantization: str = "none", load_format: str = "auto", comm: Comm | None = None) -> Decoder:
+def load_fp8(
+    folder: Path, quantization: str = "none", load_format: str = "auto", comm: Comm | None = None, fp8: str = E4M3FN
+) -> Decoder:
     return load_model(
-        folder, Fp8Backend(), comm or Comm(), dtype=torch.float32, quantization=quantization, load_format=load_format,
-        num_positions=128,
+        folder, Fp8Backend(fp8), comm or Comm(), dtype=torch.float32, quantization=quantization,
+        load_format=load_format, num_positions=128,
     )  # fmt: skip
 
 
@@ -152,6 +156,33 @@ def test_scales_per_channel_and_tensor_are_adopted_bit_by_bit(checkpoint: Checkp
     assert (torch.float32 in kinds) == ("patterns" in name), "the modules that are kept plain, and only they"
     sequences = ids()
     same(logits_of(model, sequences, [7]), logits_of(load(dequantised), sequences, [7]))
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if "blocks" not in name])
+def test_a_device_with_fnuz_serves_the_same_values(checkpoint: Checkpoint, name: str) -> None:
+    ready, _ = make(checkpoint, name)
+    other, model = load_fp8(ready), load_fp8(ready, fp8=E4M3FNUZ)
+    assert torch.float8_e4m3fnuz in {weight._packed[0].dtype for weight in linears(model).values()}
+    sequences = ids()
+    for got, want in zip(logits_of(model, sequences, [7]), logits_of(other, sequences, [7]), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks", "plain"])
+def test_what_a_device_with_fnuz_quantises_itself(checkpoint: Checkpoint, name: str) -> None:
+    """Weights with scales per block, and plain ones while loading: as near to the plain weight as e4m3fn's."""
+    ready, dequantised = make(checkpoint, "fp8 blocks")
+    if name == "plain":
+        ready = dequantised
+    twin = linears(load(dequantised))
+    for weight_name, weight in linears(load_fp8(ready, "fp8", fp8=E4M3FNUZ)).items():
+        want = twin[weight_name]._packed[0]
+        if len(weight._packed) == 1:
+            continue
+        values, scale = weight._packed
+        assert values.dtype == torch.float8_e4m3fnuz
+        error = float((values.float() * scale[:, None] - want).norm() / want.norm())
+        assert 0.01 < error < 0.035, (weight_name, error)
 
 
 def test_scales_per_block_are_quantised_once_more_and_by_how_much(checkpoint: Checkpoint, caplog: Any) -> None:

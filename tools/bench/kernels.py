@@ -243,8 +243,8 @@ def measure(pdl: bool) -> None:
 def steps(quantization: str, store: torch.dtype, layers: int) -> None:
     """Whole forward passes of an 8B-shaped model with random weights: decode-only and mixed, as replayed graphs."""
     backend = make(0, None)
-    schemes = backend.capabilities.schemes
-    parts = Parts(backend, Comm(), make_scheme(quantization, schemes), make_scheme("none", schemes), BF16)
+    facts = backend.capabilities
+    parts = Parts(backend, Comm(), make_scheme(quantization, facts), make_scheme("none", facts), BF16)
     config = llama.config({
         "hidden_act": "silu", "hidden_size": HIDDEN, "intermediate_size": INTER, "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS, "num_hidden_layers": layers, "vocab_size": VOCAB, "rms_norm_eps": 1e-5,

@@ -16,6 +16,7 @@ import msgspec
 
 from core.config import Config
 from hw.cpu import native
+from hw.devices import CUDA, ROCM, with_fp8
 from tools.doctor.finding import Finding, Status
 
 TIMEOUT_S = 120.0  # the first import of torch on a slow disk takes a minute
@@ -27,7 +28,8 @@ try:
     found |= {"torch": torch.__version__, "cuda_build": torch.version.cuda, "hip_build": torch.version.hip}
     try:
         found["devices"] = [
-            {"name": p.name, "capability": [p.major, p.minor]}
+            {"name": p.name, "architecture": p.gcnArchName.partition(":")[0] if torch.version.hip
+                else f"sm_{p.major}{p.minor}"}
             for p in (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
         ]
         if found["devices"]:
@@ -43,15 +45,13 @@ except Exception as error:
     found["triton_error"] = f"{type(error).__name__}: {error}".partition("\\n")[0]
 print("\\n" + json.dumps(found))
 """
-MIN_CAPABILITY = (8, 0)
-FP8_CAPABILITY = (8, 9)
 
 
 class Device(msgspec.Struct, frozen=True):
-    """A GPU as torch sees it."""
+    """A GPU as torch sees it. architecture: as in hw/devices.py."""
 
     name: str
-    capability: tuple[int, int]
+    architecture: str
 
 
 class Installed(msgspec.Struct, frozen=True):
@@ -111,7 +111,7 @@ def packages(installed: Installed, config: Config, num_gpus: int) -> list[Findin
     Args:
         num_gpus: that the driver shows.
     """
-    wants_gpu = config.device == "cuda" or (config.device == "auto" and num_gpus > 0)
+    wants_gpu = config.device in ("cuda", "rocm") or (config.device == "auto" and num_gpus > 0)
     findings = [_torch(installed), _triton(installed, wants_gpu)]
     if installed.torch is not None:
         findings.append(_devices(installed, config, num_gpus))
@@ -124,8 +124,8 @@ def _torch(installed: Installed) -> Finding:
         return Finding("torch", "problem", text, "install it: make serve, or pip install -e . in Quire's folder")
     kind = f"CUDA {installed.cuda_build}" if installed.cuda_build else "CPU"
     if installed.hip_build:
-        fix = "install torch's CUDA or CPU build; there is no backend for AMD GPUs yet"
-        return Finding("torch", "warning", f"torch {installed.torch} is built for ROCm {installed.hip_build}", fix)
+        text = f"torch {installed.torch} is built for ROCm {installed.hip_build}; Quire has not run on AMD GPUs yet"
+        return Finding("torch", "warning", text, "try a small model first, and compare its answers with --device cpu")
     return Finding("torch", "ok", f"torch {installed.torch}, built for {kind}")
 
 
@@ -142,7 +142,7 @@ def _devices(installed: Installed, config: Config, num_gpus: int) -> Finding:
     """Whether torch sees what the driver shows, and whether that will do."""
     if config.device in ("cpu", "null"):
         return Finding("cuda", "skipped", f"--device {config.device} needs no GPU")
-    status: Status = "problem" if config.device == "cuda" or num_gpus else "skipped"
+    status: Status = "problem" if config.device in ("cuda", "rocm") or num_gpus else "skipped"
     if installed.cuda_error is not None:
         fix = "try nvidia-smi; a driver that was updated needs a reboot, a container --gpus all"
         return Finding("cuda", status, f"torch cannot use the GPU: {installed.cuda_error}", fix)
@@ -159,17 +159,17 @@ def _devices(installed: Installed, config: Config, num_gpus: int) -> Finding:
 
 
 def _good_enough(devices: list[Device], config: Config) -> Finding:
-    names = ", ".join(f"{device.name} ({device.capability[0]}.{device.capability[1]})" for device in devices)
+    names = ", ".join(f"{device.name} ({device.architecture})" for device in devices)
     if config.tensor_parallel_size > len(devices):
         text = f"--tensor-parallel-size {config.tensor_parallel_size}: torch sees {len(devices)} GPUs: {names}"
         return Finding("cuda", "problem", text, f"lower it to {len(devices)}")
-    oldest = min(device.capability for device in devices[: config.tensor_parallel_size])
-    if oldest < MIN_CAPABILITY:
-        text = f"{names}: bfloat16 products need compute capability 8.0"
-        return Finding("cuda", "problem", text, "use an A100 or newer, or --device cpu")
-    if oldest < FP8_CAPABILITY and "fp8" in (config.quantization, config.kv_dtype):
-        fix = "leave out --quantization fp8 and --kv-dtype fp8, or use an H100, H200 or newer"
-        return Finding("cuda", "problem", f"{names}: FP8 needs compute capability 8.9", fix)
+    known = CUDA | ROCM
+    used = devices[: config.tensor_parallel_size]
+    if any(device.architecture not in known for device in used):
+        return Finding("cuda", "problem", f"{names}: the kernels are made for {', '.join(known)}", "use --device cpu")
+    if "fp8" in (config.quantization, config.kv_dtype) and any(known[d.architecture].fp8 is None for d in used):
+        fix = f"leave out --quantization fp8 and --kv-dtype fp8, or use one of {with_fp8()}"
+        return Finding("cuda", "problem", f"{names}: there are no FP8 products", fix)
     return Finding("cuda", "ok", f"torch sees {names}")
 
 
@@ -180,7 +180,7 @@ def compiler(config: Config, num_gpus: int) -> Finding:
     headers = Path(sysconfig.get_path("include"), "Python.h")
     if config.device == "null":
         return Finding("c compiler", "skipped", "the null device needs none")
-    if config.device == "cuda" or (config.device == "auto" and num_gpus):
+    if config.device in ("cuda", "rocm") or (config.device == "auto" and num_gpus):
         if found is None:
             return Finding("c compiler", "problem", "there is none; triton cannot launch kernels without", install)
         if not headers.is_file():

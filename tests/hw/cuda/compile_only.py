@@ -1,6 +1,7 @@
 """Compiles every kernel as its launcher would call it, for a GPU that need not be there; prints a JSON list of facts.
 
-Usage: compile_only.py cuda|hip. A program of its own, since the driver and the interpreter are chosen per process.
+Usage: compile_only.py ARCHITECTURE, one of hw/devices.py. A program of its own, since the driver and the interpreter
+are chosen per process.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-TARGETS = {"cuda": GPUTarget("cuda", 90, 32), "hip": GPUTarget("hip", "gfx942", 64)}
-TARGET = TARGETS[sys.argv[1]]
-if TARGET.backend == "hip":
+from hw.devices import CUDA, ROCM
+
+DEVICE = (CUDA | ROCM)[sys.argv[1]]
+if DEVICE.name in CUDA:
+    TARGET = GPUTarget("cuda", int(DEVICE.name.removeprefix("sm_")), DEVICE.wave)
+else:
+    TARGET = GPUTarget("hip", DEVICE.name, DEVICE.wave)
     torch.version.hip = "6"  # before hw.cuda.target reads it
 COMPILED: list[tuple[str, Any]] = []
 
@@ -67,7 +72,7 @@ from hw.cuda.silu_mul import silu_mul  # noqa: E402
 from hw.cuda.target import FP8  # noqa: E402
 
 BF16, F32, I32 = torch.bfloat16, torch.float32, torch.int32
-PDL = TARGET.backend == "cuda"
+PDL, HAS_FP8 = DEVICE.dependent_launches, DEVICE.fp8 is not None
 
 
 def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -81,22 +86,22 @@ def product(tokens: int, width: int, splits: int) -> Product:
 
 def compile_all() -> None:
     for splits in (1, 2, 4):
-        add_rms_norm(product(16, 4096, splits), empty(BF16, 16, 4096), empty(BF16, 4096), 1e-5, fp8=True, pdl=PDL)
+        add_rms_norm(product(16, 4096, splits), empty(BF16, 16, 4096), empty(BF16, 4096), 1e-5, fp8=HAS_FP8, pdl=PDL)
     add_rms_norm(empty(BF16, 16, 8192), empty(BF16, 16, 8192), empty(BF16, 8192), 1e-5, fp8=False, pdl=PDL)
     finish(product(16, 4096, 2), pdl=PDL)
     embed(empty(I32, 16), empty(BF16, 1024, 4096))
     for width in (14336, 28672):
         for tokens in (16, 64, 1024):
-            silu_mul(product(tokens, 2 * width, 1), fp8=True, pdl=PDL)
+            silu_mul(product(tokens, 2 * width, 1), fp8=HAS_FP8, pdl=PDL)
         silu_mul(empty(BF16, 16, 2 * width), fp8=False, pdl=PDL)
     sample(empty(F32, 16, 128256), empty(F32, 16), empty(I32, 16), empty(I32, 16))
-    for tokens in (1, 32):
+    for tokens in (1, 32) if HAS_FP8 else ():
         for num_out in (4096, 28672):
             x = Fp8(empty(FP8, tokens, 4096), empty(F32, tokens))
             fp8_linear(x, empty(FP8, num_out, 4096), empty(F32, num_out), None, BF16, empty(F32), pdl=PDL)
         x = Fp8(empty(FP8, tokens, 14336), empty(F32, 56, tokens))
         fp8_linear(x, empty(FP8, 4096, 14336), empty(F32, 4096), None, BF16, empty(F32), pdl=PDL)
-    for store in (BF16, FP8):
+    for store in (BF16, FP8) if HAS_FP8 else (BF16,):
         for dim in (64, 96, 128, 256):
             heads, kv_heads, seqs = 32, 8, 64
             cache = empty(store, 100, kv_heads, 32, dim)
@@ -112,31 +117,37 @@ def compile_all() -> None:
             shared = (q, cache, v_cache, empty(I32, 64, 256), empty(I32, seqs), empty(I32, seqs + 1), empty(I32, seqs),
                       0.1, None)  # fmt: skip
             attention_prefill(*shared, out=q, k_scale=scale, v_scale=scale)
+            long = empty(BF16, 1024, heads, dim)
+            attention_prefill(long, *shared[1:], out=long, k_scale=scale, v_scale=scale)
             attention_decode(*shared, k_scale=scale, v_scale=scale, late=True, pdl=PDL)
             parts = attention_decode(*shared, k_scale=scale, v_scale=scale, pdl=PDL)
             attention_finish(parts, empty(I32, seqs + 1), empty(I32, seqs), q, fp8=store is FP8, pdl=PDL)
 
 
 def facts(name: str, kernel: Any) -> dict[str, Any]:
+    names = kernel.src.fn.arg_names
+    common = {"name": name, "shared": kernel.metadata.shared, "constants": {
+        names[at]: str(value) for (at, *_), value in kernel.src.constants.items() if names[at].isupper()}}  # fmt: skip
     if TARGET.backend == "hip":
         asm = kernel.asm["amdgcn"]
         spills = [int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", asm)]
-        return {"name": name, "spills": max(spills), "matrix": asm.count("v_mfma"), "shared": kernel.metadata.shared}
+        return common | {"spills": max(spills), "matrix": asm.count("v_mfma"), "fp8_matrix": asm.count("_fp8_fp8")}
     ptx = kernel.asm["ptx"]
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {
-        "name": name,
+    return common | {
         "registers": int(re.findall(r"REG:(\d+)", usage)[0]),
         "spills": int(re.findall(r"LOCAL:(\d+)", usage)[0]),
         "stack": int(re.findall(r"STACK:(\d+)", usage)[0]),
-        "shared": kernel.metadata.shared,
         "fp8_wgmma": len(re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.f32\.e4m3\.e4m3", ptx)),
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": ptx.count("mma.sync"),
+        "fp8_mma": len(re.findall(r"mma\.sync\.aligned\.m16n8k32\.row\.col\.f32\.e4m3", ptx)),
+        "tcgen05": ptx.count("tcgen05.mma"),
+        "fp8_tcgen05": ptx.count("tcgen05.mma.cta_group::1.kind::f8f6f4"),
         "async_copies": ptx.count("cp.async.cg"),
         "pdl": ptx.count("griddepcontrol"),
     }

@@ -1,7 +1,7 @@
 """Compiles a small model ahead, then runs all of its launches with real tensors, layers and keys, on a device that need
 not be there; prints as JSON what was compiled, and what the launches then missed or did not want.
 
-Usage: precompile_only.py CACHE_FOLDER MODEL_FOLDER QUANTIZATION KV_DTYPE
+Usage: precompile_only.py ARCHITECTURE CACHE_FOLDER MODEL_FOLDER QUANTIZATION KV_DTYPE
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ from triton.runtime.jit import JITFunction
 from core.config import Config
 from core.messages import Batch, NewSequence, Scheduled
 from core.model_info import resolve
+from hw.devices import CUDA, ROCM
+
+if sys.argv[1] in ROCM:
+    torch.version.hip = "6"  # before hw.cuda.target reads it
+
 from hw.backend import Capabilities
 from hw.comm import Comm
 from hw.cpu.backend import Copied
@@ -30,12 +35,14 @@ from hw.cuda.precompile import NoCuda, NoDriver, Precompile, start
 from models.runtime import build
 from quire import SamplingParams
 
-TARGET = GPUTarget("cuda", 90, 32)
+ARCHITECTURE = (CUDA | ROCM)[sys.argv[1]]
+PDL = ARCHITECTURE.dependent_launches
+if ARCHITECTURE.name in CUDA:
+    TARGET = GPUTarget("cuda", int(ARCHITECTURE.name.removeprefix("sm_")), ARCHITECTURE.wave)
+else:
+    TARGET = GPUTarget("hip", ARCHITECTURE.name, ARCHITECTURE.wave)
 SEQS = 40
-CAPABILITIES = Capabilities(
-    name="cuda", device_name="none", dtypes=("bfloat16",), kv_dtypes=("bfloat16", "fp8"), schemes=("none", "fp8"),
-    graphs=True, block_size=16, ideal_step_tokens=160, memory_bytes=1 << 37,
-)  # fmt: skip
+CAPABILITIES = Capabilities.of_gpu("here", ARCHITECTURE, "none", 1 << 37)
 
 
 class Device(CudaBackend):
@@ -52,11 +59,11 @@ class Device(CudaBackend):
         return Copied(tensor)
 
     def precompile(self, trace: Any, rank: int, ranks: int) -> Precompile:
-        return start(trace, CAPABILITIES, TARGET, True, Comm(rank, ranks))
+        return start(trace, CAPABILITIES, TARGET, PDL, Comm(rank, ranks))
 
 
 def main() -> None:
-    cache, folder, *precision = sys.argv[1:]
+    cache, folder, *precision = sys.argv[2:]
     quantization: Any = precision[0]
     kv_dtype: Any = precision[1]
     triton.knobs.cache.dir = cache
@@ -85,7 +92,7 @@ def main() -> None:
     driver.set_active(NoDriver(TARGET))
     setattr(torch, "cuda", NoCuda())  # noqa: B010
     torch._scaled_mm = lambda x, w, out_dtype, **_: torch.empty(x.shape[0], w.shape[1], dtype=out_dtype)
-    device.ops = CudaOps(device.device, pdl=True)
+    device.ops = CudaOps(device.device, pdl=PDL)
     runner = build.load_runner(config, model, device, Comm())
     for temperature in (0.0, 0.7):
         sampling = SamplingParams(temperature=temperature)

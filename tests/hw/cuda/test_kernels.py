@@ -18,9 +18,10 @@ from hw.cuda.product import Fp8, Product, finish
 from hw.cuda.rope_cache import rope_cache
 from hw.cuda.sample import sample
 from hw.cuda.silu_mul import silu_mul
+from hw.cuda.target import FP8
 from tests.hw.cuda import oracle
 
-BF16, F32, F8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
+BF16, F32, F8 = torch.bfloat16, torch.float32, FP8
 BF16_ERROR, FP8_ERROR = 1e-2, 4e-2
 GPU = torch.cuda.is_available()
 

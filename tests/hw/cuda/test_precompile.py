@@ -27,12 +27,23 @@ SMALL = {
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("precision", [("fp8", "fp8"), ("none", "auto")])
-def test_launches_find_all_of_their_kernels_and_no_more(tmp_path: Path, precision: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "precision"),
+    [
+        ("sm_90", ("fp8", "fp8")),
+        ("sm_90", ("none", "auto")),
+        pytest.param("gfx942", ("fp8", "fp8"), marks=pytest.mark.slow),
+        pytest.param("sm_80", ("none", "auto"), marks=pytest.mark.slow),
+    ],
+)
+def test_launches_find_all_of_their_kernels_and_no_more(
+    tmp_path: Path, architecture: str, precision: tuple[str, str]
+) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     environment = {**os.environ, "PYTHONPATH": str(FOLDER.parents[2])}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(FOLDER / "precompile_only.py"), str(tmp_path / "cache"), str(tmp_path), *precision]
+    program = [sys.executable, str(FOLDER / "precompile_only.py"), architecture]
+    command = [*program, str(tmp_path / "cache"), str(tmp_path), *precision]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     facts: dict[str, Any] = json.loads(done.stdout)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from core.errors import QuireError
+from hw.cpu.backend import CpuBackend
 from hw.cpu.ops import CpuOps
 from hw.quant.int4 import GROUP
 from hw.quant.scheme import make_scheme
 
 ALL = ("none", "int8", "int4")
+DEVICE = CpuBackend().capabilities
 
 
 def stored(name: str, weight: torch.Tensor) -> torch.Tensor:
     """The weight [n, k] as the scheme sees it: its product with the identity."""
-    scheme = make_scheme(name, ALL)
+    scheme = make_scheme(name, DEVICE)
     eye = torch.eye(weight.shape[1], dtype=weight.dtype)
     result: torch.Tensor = scheme.apply(CpuOps(), eye, scheme.pack(weight), None)
     return result.t()
@@ -44,7 +48,7 @@ def test_rounds_to_the_nearest(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_multiplies_what_it_stores(name: str, dtype: torch.dtype) -> None:
     weight, bias = torch.randn(64, 96).to(dtype), torch.randn(64).to(dtype)
-    scheme = make_scheme(name, ALL)
+    scheme = make_scheme(name, DEVICE)
     packed = scheme.pack(weight)
     for rows in (1, 5, 33):
         x = torch.randn(rows, 96).to(dtype)
@@ -71,14 +75,15 @@ def test_shards_of_rows_are_equal(name: str) -> None:
 
 def test_bytes() -> None:
     weight = torch.randn(64, 128, dtype=torch.bfloat16)
-    sizes = {n: sum(t.numel() * t.itemsize for t in make_scheme(n, ALL).pack(weight)) for n in ALL}
+    sizes = {n: sum(t.numel() * t.itemsize for t in make_scheme(n, DEVICE).pack(weight)) for n in ALL}
     assert sizes["int8"] < 0.52 * sizes["none"]
     assert sizes["int4"] < 0.38 * sizes["none"]
 
 
 def test_refusals_name_the_fix() -> None:
-    with pytest.raises(QuireError, match="int4") as caught:
-        make_scheme("int4", ("none",))
-    assert caught.value.param == "quantization"
+    plain = replace(DEVICE, device_name="Abacus", schemes=("none",))
+    with pytest.raises(QuireError, match="--quantization: 'int4' is not available on Abacus; choose none") as caught:
+        make_scheme("int4", plain)
+    assert (caught.value.code, caught.value.param) == ("invalid_config", "quantization")
     with pytest.raises(QuireError, match=r"\[64, 40\] weight cannot be int4"):
-        make_scheme("int4", ALL).check(64, 40, "layer")
+        make_scheme("int4", DEVICE).check(64, 40, "layer")

@@ -193,6 +193,21 @@ def test_one_scale_for_both(checkpoint: Checkpoint) -> None:
     assert torch.equal(scales_of(folder), STORED), "the two are newer than the one"
 
 
+def test_a_device_with_fnuz_stores_the_same_values(checkpoint: Checkpoint) -> None:
+    """Its format reaches half as far: with the checkpoint's own scales, values above 240 of them would be clipped."""
+    folder, _ = checkpoint("llama", 0)
+    add(folder, **both("k_scale", "v_scale"))
+    model = load(folder)
+    pool = pool_of(model, torch.float8_e4m3fnuz)
+    set_kv_scales(pool, model, "auto", folder, dummy=False, vocab_size=VOCAB, max_model_len=128)
+    assert pool.scales is not None
+    assert torch.equal(pool.scales, 2 * STORED)
+    stored = torch.tensor([448.0, 300.0, 0.013]) * STORED[0, 0]
+    as_fn = (stored / STORED[0, 0]).to(F8).float() * STORED[0, 0]
+    as_fnuz = (stored / pool.scales[0, 0]).to(pool.dtype).float() * pool.scales[0, 0]
+    assert torch.equal(as_fnuz, as_fn)
+
+
 def test_scales_per_head_give_their_largest(checkpoint: Checkpoint) -> None:
     folder, _ = checkpoint("llama", 0)
     add(folder, **{name: [0.1, value] for name, value in both("k_scale", "v_scale").items()})

@@ -16,7 +16,8 @@ from tools.doctor import software
 from tools.doctor.finding import Finding
 from tools.doctor.software import Device, Installed, Probe, compiler, packages
 
-H200, A100, V100 = Device("H200", (9, 0)), Device("A100", (8, 0)), Device("V100", (7, 0))
+H200, A100, V100 = Device("H200", "sm_90"), Device("A100", "sm_80"), Device("V100", "sm_70")
+MI250 = Device("MI250", "gfx90a")
 WORKING = Installed(torch="2.11.0", cuda_build="13.0", devices=[H200], triton="3.6.0")
 
 
@@ -55,7 +56,7 @@ def test_all_is_well() -> None:
     found = of(WORKING, device="cuda", quantization="fp8")
     assert {finding.status for finding in found.values()} == {"ok"}
     assert found["torch"].text == "torch 2.11.0, built for CUDA 13.0"
-    assert found["cuda"].text == "torch sees H200 (9.0)"
+    assert found["cuda"].text == "torch sees H200 (sm_90)"
 
 
 def test_a_machine_without_gpu_needs_neither_triton_nor_cuda() -> None:
@@ -75,9 +76,10 @@ def test_a_machine_without_gpu_needs_neither_triton_nor_cuda() -> None:
         (changed(cuda_build=None), {}, "cuda", "driver shows 1 GPUs; this torch is built for CPUs", "for CUDA"),
         (changed(), {}, "cuda", "shows 1 GPUs, torch finds none", "CUDA_VISIBLE_DEVICES"),
         (changed(cuda_error="CUDA unknown error"), {}, "cuda", "CUDA unknown error", "reboot"),
-        (changed(devices=[V100]), {}, "cuda", "V100 (7.0)", "--device cpu"),
-        (changed(devices=[A100]), {"quantization": "fp8"}, "cuda", "needs compute capability 8.9", "leave out"),
-        (changed(devices=[A100]), {"kv_dtype": "fp8"}, "cuda", "needs compute capability 8.9", "leave out"),
+        (changed(devices=[V100]), {}, "cuda", "V100 (sm_70): the kernels are made for sm_80", "--device cpu"),
+        (changed(devices=[A100]), {"quantization": "fp8"}, "cuda", "no FP8 products", "leave out"),
+        (changed(devices=[A100]), {"kv_dtype": "fp8"}, "cuda", "no FP8 products", "leave out"),
+        (changed(devices=[MI250]), {"kv_dtype": "fp8"}, "cuda", "MI250 (gfx90a): there are no FP8", "MI300X"),
         (WORKING, {"tensor_parallel_size": 2}, "cuda", "torch sees 1 GPUs", "lower it to 1"),
     ],
 )

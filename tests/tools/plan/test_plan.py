@@ -136,7 +136,7 @@ def test_the_command_repeats_what_was_planned(folder: Path, capsys: pytest.Captu
         f"quire serve {folder} --quantization fp8 --kv-dtype fp8 --tensor-parallel-size 2 --max-num-seqs 300 "
         "--gpu-memory-utilization 0.85"
     )
-    assert only(capsys, "tiny-chat", "--gpu", "mi300x", "--num", "1").command == ""  # no backend
+    assert only(capsys, "tiny-chat", "--gpu", "mi300x", "--num", "1").command == ""  # not served
 
 
 def test_expected_is_the_limit_times_the_efficiency(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,7 +239,7 @@ def test_the_table_shows_what_the_report_has(folder: Path, capsys: pytest.Captur
     for part in ("Would take it: 1 x H100", "never", "280.0 M", "A step at the limit", "Start it: quire serve"):
         assert part in page
     assert "Only 1 x H200 has been measured" in page
-    assert "no backend for AMD" in page
+    assert "nothing of Quire has run on AMD" in page
 
 
 def test_every_figure_has_a_source() -> None:
