@@ -119,7 +119,7 @@ def test_rope_cache(
     if store == F8:
         caches[1] = caches[1].view(blocks, kv_heads, dim, size)
     weights = [(torch.rand(dim, device=device) + 0.5).to(BF16) if norm else None for _ in range(2)]
-    scales = [torch.tensor(s, device=device) if store == F8 else None for s in (0.02, 0.03)]
+    scales = [torch.tensor(s, device=device) if store == F8 else None for s in (0.05, 0.06)]  # nothing is clipped
     q = rope_cache(
         qkv, heads, kv_heads, dim, rope, positions, slots, *caches, k_scale=scales[0], v_scale=scales[1],
         q_norm=weights[0], k_norm=weights[1], eps=1e-5,
