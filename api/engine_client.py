@@ -29,6 +29,7 @@ Event = Started | Delta | Finished
 
 MAX_BUFFERED_DELTAS = 4096  # unread news of one stream; some 2 MB, and half a minute at 128 tokens/s
 RETRY_AFTER_S = 1.0
+WHOLE = 32  # delta_tokens of an answer that is not streamed: what a restart below may have to compute again
 MAX_FRAMES_PER_TURN = 64  # frames taken before other tasks of the loop get their turn
 
 
@@ -188,10 +189,12 @@ class EngineClient:
         deadline_s: float | None = None,
         want_text: bool = True,
         want_prompt: bool = False,
+        delta_tokens: int = 1,
     ) -> Stream:
         """Send one request per prompt, each for `sampling.n` choices. Use the answer with `async with`.
 
-        Without a seed each request draws its own here, so that a restart below draws the same tokens again.
+        `delta_tokens`: see Generate; WHOLE where the answer is not streamed, which costs far less. Without a seed each
+        request draws its own here, so that a restart below draws the same tokens again.
         Raises QuireError: draining, queue_full.
         """
         if self.draining:
@@ -218,6 +221,7 @@ class EngineClient:
                     deadline_s=deadline_s,
                     want_text=want_text,
                     want_prompt=want_prompt,
+                    delta_tokens=delta_tokens,
                 )
                 self._begin(Live(Journal(request), self._load.index(min(self._load)), stream, index))
         except ChannelFull:

@@ -15,13 +15,14 @@ class ChoiceText:
     min_tokens: the first so many tokens are not searched for stop strings, as they may not end the choice.
     """
 
-    __slots__ = ("_unsearched", "detokenizer", "done", "num_tokens", "stops")
+    __slots__ = ("_unsearched", "detokenizer", "done", "held", "num_tokens", "stops")
 
     def __init__(self, detokenizer: Detokenizer | None, stops: StopStrings | None, min_tokens: int = 0) -> None:
         self.detokenizer = detokenizer
         self.stops = stops
         self.num_tokens = 0
         self.done = False
+        self.held: Delta | None = None
         self._unsearched = min_tokens
 
     def push(self, token_id: int) -> str:
@@ -36,6 +37,14 @@ class ChoiceText:
             return text
         return self.stops.push(text)
 
+    def gather(self, news: Delta, num_tokens: int) -> Delta | None:
+        """News of `num_tokens` tokens at once: None while they are too few and the choice goes on. The first token is
+        not held: when it came is measured."""
+        if self.held is not None:
+            news = _joined(self.held, news)
+        self.held = news if news.finish_reason is None and news.first > 0 and len(news.token_ids) < num_tokens else None
+        return news if self.held is None else None
+
     def flush(self) -> str:
         """What was held back, at an end that no stop string made."""
         if self.detokenizer is None:
@@ -47,11 +56,26 @@ class ChoiceText:
         return shown if self.stops.hit is not None else shown + self.stops.flush()
 
 
+def _joined(earlier: Delta, later: Delta) -> Delta:
+    return Delta(
+        later.request_id,
+        later.choice,
+        earlier.first,
+        earlier.text + later.text,
+        earlier.token_ids + later.token_ids,
+        earlier.logprobs + later.logprobs,
+        later.finish_reason,
+        later.stop_reason,
+        earlier.prompt_logprobs + later.prompt_logprobs,
+        later.epoch,
+    )
+
+
 class LiveText:
     """A request under way. `take` turns the scheduler's news of a choice into the client's."""
 
     __slots__ = (
-        "cached_tokens", "choices", "codec", "epoch", "num_open", "peer", "prompt_ids", "prompt_seen", "queued_s",
+        "cached_tokens", "choices", "codec", "delta_tokens", "epoch", "num_open", "peer", "prompt_ids", "prompt_seen", "queued_s",
         "request_id", "sampling", "stop_hits", "want_text",
     )  # fmt: skip
 
@@ -60,6 +84,7 @@ class LiveText:
         self.request_id = generate.request_id
         self.epoch = generate.epoch
         self.want_text = generate.want_text
+        self.delta_tokens = generate.delta_tokens
         self.sampling = generate.sampling
         self.prompt_ids = prompt_ids
         self.prompt_seen = 0
@@ -96,8 +121,8 @@ class LiveText:
     def take(self, output: SequenceOutput) -> tuple[Delta | None, bool]:
         """The client's news, and whether a stop string ended the choice (the scheduler must be told).
 
-        None for news of a choice that has ended (tokens after a stop string are dropped and not counted), and for news
-        of the request's life before it was resumed.
+        None for news of a choice that has ended (tokens after a stop string are dropped and not counted), for news of
+        the request's life before it was resumed, and for what is held until there is more of it.
         """
         choice = self.choices[output.choice]
         if choice.done or output.epoch != self.epoch:
@@ -129,21 +154,20 @@ class LiveText:
             self.stop_hits += stopped
         first = choice.num_tokens
         choice.num_tokens += len(token_ids)
-        return (
-            Delta(
-                self.request_id,
-                output.choice,
-                first,
-                text,
-                token_ids,
-                self._logprobs(token_ids, output.logprobs),
-                finish_reason,
-                stop_reason,
-                self._prompt_logprobs(output.prompt_logprobs),
-                output.epoch,
-            ),
-            stopped and output.finish_reason is None,
+        news = Delta(
+            self.request_id,
+            output.choice,
+            first,
+            text,
+            token_ids,
+            self._logprobs(token_ids, output.logprobs),
+            finish_reason,
+            stop_reason,
+            self._prompt_logprobs(output.prompt_logprobs),
+            output.epoch,
         )
+        told = news if self.delta_tokens == 1 else choice.gather(news, self.delta_tokens)
+        return told, stopped and output.finish_reason is None
 
     def finished(self) -> Finished:
         """The ending, once num_open is 0."""

@@ -75,6 +75,7 @@ class Generate(Message, frozen=True):
     deadline_s: float | None = None
     want_text: bool = True
     want_prompt: bool = False  # Started carries the prompt's ids and text pieces (echo)
+    delta_tokens: int = 1  # after the first, a choice's news waits for so many tokens, or its end
     epoch: int = 0
     resume: list[ChoiceProgress] = []
 

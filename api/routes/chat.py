@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from api.body import read_body
 from api.collect import collect
-from api.engine_client import Event
+from api.engine_client import WHOLE, Event
 from api.logprobs import chat_logprobs, prompt_logprobs
 from api.schema.chat import ChatChoice, ChatCompletion, ChatMessage, ChatRequest, chat_request
 from api.schema.usage import usage_of
@@ -35,6 +35,7 @@ async def chat_completions(service: Service, request: Request) -> ASGIApp:
         cache_salt=chat.cache_salt,
         deadline_s=chat.deadline_s,
         want_prompt=chat.return_token_ids,
+        delta_tokens=1 if chat.stream else WHOLE,
     )
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
     if chat.stream:

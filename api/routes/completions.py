@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from api.body import read_body
 from api.collect import ChoiceOutput, PromptOutput, collect
-from api.engine_client import Event
+from api.engine_client import WHOLE, Event
 from api.logprobs import completion_logprobs, prompt_logprobs
 from api.schema.completions import (
     Completion,
@@ -41,6 +41,7 @@ async def completions(service: Service, request: Request) -> ASGIApp:
         cache_salt=asked.cache_salt,
         deadline_s=asked.deadline_s,
         want_prompt=asked.echo or asked.return_token_ids,
+        delta_tokens=1 if asked.stream else WHOLE,
     )
     answer_id = f"cmpl-{uuid.uuid4().hex}"
     if asked.stream:

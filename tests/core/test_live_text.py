@@ -163,3 +163,36 @@ def test_a_resumed_request_does_not_repeat_the_prompt(codec: TextCodec) -> None:
     delta, _ = resumed.take(output([101], first=1, prompt_logprobs=[TokenLogprobs(-1.0, 0)]))
     assert delta is not None
     assert delta.prompt_logprobs == []
+
+
+@pytest.mark.parametrize("every", [2, 5, 32])
+def test_held_news_adds_up_to_the_same(codec: TextCodec, every: int) -> None:
+    """Token by token or in pieces: the same text, ids and log-probabilities; the first token is told at once."""
+    ids = codec.encode("the quick brown fox jumps over the lazy dog and comes back again", False)
+    sampling = SamplingParams(stop=("dog and",), logprobs=1, prompt_logprobs=0)
+    request = live(codec, sampling)
+    held = LiveText(
+        "api-0", Generate("r", "e", TextPrompt("hi"), sampling, delta_tokens=every), request.prompt_ids, codec
+    )
+    found = []
+    for told in (request, held):
+        deltas = []
+        for i, token in enumerate(ids):
+            marks = [TokenLogprobs(-0.1 * i, 0, [token], [-0.1 * i])]
+            prompt = [TokenLogprobs(-1.0, 0, [], []) for _ in request.prompt_ids[1:]] if i == 0 else []
+            news, stopped = told.take(output([token], first=i, logprobs=marks, prompt_logprobs=prompt))
+            if news is not None:
+                deltas.append(news)
+            if stopped:
+                break
+        assert [len(d.token_ids) for d in deltas[1:-1]] == [1 if told is request else every] * (len(deltas) - 2)
+        assert [d.first for d in deltas] == [sum(len(e.token_ids) for e in deltas[:i]) for i in range(len(deltas))]
+        assert len(deltas[0].token_ids) == 1
+        last = deltas[-1]
+        found.append((
+            "".join(d.text for d in deltas), [t for d in deltas for t in d.token_ids],
+            [t for d in deltas for t in d.logprobs], [t for d in deltas for t in d.prompt_logprobs],
+            last.finish_reason, last.stop_reason, told.finished(),
+        ))  # fmt: skip
+    assert found[0] == found[1]
+    assert found[0][4:6] == ("stop", "dog and")

@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=12, help="one at a time")
     parser.add_argument("--batches", type=int, default=4, help="static batches of 16")
     parser.add_argument("--rounds", type=int, default=2, help="each round measures both, one after the other")
+    parser.add_argument("--stream", action="store_true", help="token by token; generate() gives an answer as a whole")
     options = parser.parse_args(argv)
     stamped = stamp("transformers", argv)
     info = resolve(options.model)
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         options.prompt_tokens,
         options.output_tokens,
         vocab_size=info.vocab_size,
+        stream=options.stream,
     )
     many = dataclasses.replace(alone, num_requests=16 * options.batches, concurrency=16, output_spread=0.9)
     rows = []
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append([name, *cells])
     print(
         f"{lines(stamped)}\n\n{info.name}, float32, {options.prompt_tokens} in, {options.output_tokens} out "
-        f"(mixed: 10 % to 190 % of it), greedy; {torch.get_num_threads()} threads for transformers; "
+        f"(mixed: 10 % to 190 % of it), greedy, {'streamed' if options.stream else 'whole answers'}; {torch.get_num_threads()} threads for transformers; "
         "medians of the rounds\n"
     )
     print(table(["load", "transformers tokens/s", "Quire tokens/s", "ratio", "of each round", "used by others"], rows))

@@ -169,6 +169,8 @@ class _Exchange:
         if self.answer.status != 200:
             return
         # A separator may be cut within itself: "\r" stays at the end and meets its "\n" the next time.
+        if not self._rest.startswith(b"data:") and self._rest.startswith(b"{"):
+            return  # an answer that is not streamed
         *events, self._rest = self._rest.replace(b"\r\n", b"\n").split(b"\n\n")
         for event in events:
             if event.startswith(b"data:"):
@@ -198,6 +200,8 @@ class _Exchange:
         self.answer.status = self._parser.get_status_code()
         if self.answer.status != 200:
             self.answer.error = _code(self._rest) or f"status {self.answer.status}"
+        elif self._rest.startswith(b"{"):
+            self._event(self._rest, time.monotonic())
         self.end()
 
 

@@ -30,6 +30,7 @@ class Load:
             and a new message of `prompt_tokens`.
         overhead: tokens that the server adds to each prompt (chat template, BOS); taken off prompt_tokens.
         clients: processes that send.
+        stream: answers come as events; else as a whole, with no times of their tokens.
     """
 
     url: str
@@ -52,6 +53,7 @@ class Load:
     tokenizer: str | None = None
     overhead: int = 0
     timeout_s: float = 600.0
+    stream: bool = True
 
     def __post_init__(self) -> None:
         if self.chat and self.tokenizer is None:
@@ -102,6 +104,8 @@ class Load:
         asked: dict[str, Any] = {"prompt": prompt}
         if self.chat:
             asked = {"messages": [*(history or []), {"role": "user", "content": prompt}]}
+        if self.stream:
+            asked |= {"stream": True, "stream_options": {"include_usage": True}}
         return json.dumps(
             {
                 "model": self.model,
@@ -109,7 +113,5 @@ class Load:
                 "max_tokens": self.max_tokens(index),
                 "temperature": self.temperature,
                 "ignore_eos": True,
-                "stream": True,
-                "stream_options": {"include_usage": True},
             }
         ).encode()
