@@ -75,8 +75,8 @@ class LiveText:
     """A request under way. `take` turns the scheduler's news of a choice into the client's."""
 
     __slots__ = (
-        "cached_tokens", "choices", "codec", "delta_tokens", "epoch", "num_open", "peer", "prompt_ids", "prompt_seen", "queued_s",
-        "request_id", "sampling", "stop_hits", "want_text",
+        "cached_tokens", "choices", "codec", "delta_tokens", "epoch", "num_open", "peer", "prompt_ids", "prompt_seen",
+        "queued_s", "request_id", "sampling", "stop_hits", "want_text",
     )  # fmt: skip
 
     def __init__(self, peer: str, generate: Generate, prompt_ids: list[int], codec: TextCodec) -> None:

@@ -69,8 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         rows.append([name, *cells])
     print(
         f"{lines(stamped)}\n\n{info.name}, float32, {options.prompt_tokens} in, {options.output_tokens} out "
-        f"(mixed: 10 % to 190 % of it), greedy, {'streamed' if options.stream else 'whole answers'}; {torch.get_num_threads()} threads for transformers; "
-        "medians of the rounds\n"
+        f"(mixed: 10 % to 190 % of it), greedy, {'streamed' if options.stream else 'whole answers'}; "
+        f"{torch.get_num_threads()} threads for transformers; medians of the rounds\n"
     )
     print(table(["load", "transformers tokens/s", "Quire tokens/s", "ratio", "of each round", "used by others"], rows))
     return 0
