@@ -41,6 +41,12 @@ BF16, F32, I32 = torch.bfloat16, torch.float32, torch.int32
 SIZE = 32  # tokens of a block
 HIDDEN, INTER, HEADS, KV_HEADS, DIM, VOCAB, LAYERS = 4096, 14336, 32, 8, 128, 128256, 32
 
+# Steps of a whole model: decodes at a context of 640, and chunks that end a prompt of 512.
+STEPS: tuple[tuple[int, list[int]], ...] = (
+    (1, []), (8, []), (32, []), (64, []), (256, []), (8, [120]), (30, [130]), (62, [130]), (124, [260]),
+    (124, [194, 194]), (250, [259, 259]), (0, [512] * 4),
+)  # fmt: skip
+
 Call = Callable[[int], Any]
 
 
@@ -88,7 +94,7 @@ def products(pdl: bool) -> Iterator[Line]:
     for name, n, k in shapes:
         copies = max(2, -(-L2_BYTES // (n * k)))
         weights, col = [fp8(n, k) for _ in range(copies)], scales(n)
-        for m in (1, 16, 32, 64, 192, 384, 768, 2048):
+        for m in (1, 16, 32, 64, 128, 192, 256, 384, 448, 512, 640, 768, 832, 1024, 2048):
             x = Fp8(fp8(m, k), scales(m))
 
             def call(i: int, x: Fp8 = x, weights: list[torch.Tensor] = weights, col: torch.Tensor = col) -> Any:
@@ -261,12 +267,8 @@ def steps(quantization: str, store: torch.dtype, layers: int) -> None:
     pool = backend.make_kv_cache(layout)
     tables = torch.randint(1, 8192, (264, 512), dtype=I32, device="cuda")
     graphs = StepGraphs(model.forward, backend.device, 2048, 264)
-    for lens, counts in (
-        ([640], [1]), ([640] * 8, [1] * 8), ([640] * 16, [1] * 16), ([640] * 64, [1] * 64), ([640] * 256, [1] * 256),
-        ([640] * 8 + [512], [1] * 8 + [120]), ([640] * 64 + [512], [1] * 64 + [128]),
-        ([640] * 128 + [512] * 2, [1] * 128 + [128] * 2), ([640] * 256 + [512] * 4, [1] * 256 + [128] * 4),
-        ([512] * 4, [512] * 4),
-    ):  # fmt: skip
+    for decodes, chunks in STEPS:
+        lens, counts = [640] * decodes + [512] * len(chunks), [1] * decodes + chunks
         tokens, seqs = sum(counts), len(lens)
         size = graphs.pad(tokens)
         starts = [sum(counts[:i]) for i in range(seqs + 1)]
