@@ -15,13 +15,19 @@ from dataclasses import dataclass
 from core.request import Sequence
 
 MIN_CHUNK = 32  # a prompt never waits for ever behind a full house of decodes
+EXPECTED_OUTPUT = 256  # tokens that an answer is thought to take, whatever max_tokens allows, until its end is known
 QUEUE_STEPS = 64  # the backlog of prompt tokens shrinks by this share of it in every step
 MEMORY = 64  # ended sequences over which Demand takes its means
 
 
 def order(priority: int, arrival: int, choice: int) -> tuple[int, int, int]:
-    """Sort key of waiting sequences: lower priority value first, then first come, first served."""
+    """Sort key of sequences that have begun: lower priority value first, then first come, first served."""
     return (priority, arrival, choice)
+
+
+def expected_output(max_output: int) -> int:
+    """Output tokens that a sequence's tenant is charged when it begins."""
+    return min(max_output, EXPECTED_OUTPUT)
 
 
 @dataclass(slots=True)
