@@ -89,7 +89,7 @@ class Api:
 
     def quiet(self) -> bool:
         """Whether nothing has come that was not taken."""
-        return not self.unread and self.client.receive(0.1) is None
+        return not self.unread and all(isinstance(message, QueueState) for message in self.client.receive(0.1) or [])
 
 
 class Around:
