@@ -207,7 +207,7 @@ class TokenizerProcess:
         for socket in (self.apis.socket, self.scheduler.socket, self.process.control.socket, self.wake):
             poller.register(socket, zmq.POLLIN)
         while not self.process.stopping:
-            poller.poll(0 if self.arrivals else int(1000 * self.deadlines.wait_s(time.monotonic(), MAX_POLL_S)))
+            poller.poll(0 if self.arrivals else 1 + int(1000 * self.deadlines.wait_s(time.monotonic(), MAX_POLL_S)))
             self.hand_up()
             self.hand_down()
             if self.checks:

@@ -50,8 +50,11 @@ class Turns:
     def charge(self, name: str, tokens: float) -> None:
         """A name that waits was served, and goes on waiting."""
         mark = self._entries[name][0]
-        self._average = max(mark, self._average + tokens / len(self._entries))
-        self._put(name, max(mark, mark + tokens + self._dues.pop(name, 0.0)), True)
+        owed = tokens + self._dues.pop(name, 0.0)
+        if owed < 0:  # a mark never goes back: the rest of a refund is for the turns after this one
+            self._dues[name], owed = owed, 0.0
+        self._average = max(mark, self._average + owed / len(self._entries))
+        self._put(name, mark + owed, True)
 
     def settle(self, name: str, tokens: float) -> None:
         """What a name was charged proved too little (or, negative, too much). Nothing for a name that is forgotten."""
