@@ -269,7 +269,7 @@ class EngineClient:
         reached = self._bounds.reached(state.waiting, state.waiting_tokens, max(state.requests, under_way))
         own = self._by_client.get((tenant, user), 0)
         if reached is not None and own and own * len(self._by_client) >= under_way:
-            self._refuse(*reached)
+            self._refuse(reached.bound, reached.message)
 
     def _refuse(self, bound: str, text: str) -> NoReturn:
         self.counts.refused[bound] = self.counts.refused.get(bound, 0) + 1

@@ -12,10 +12,13 @@ from core.config import Config
 
 
 class Reached(NamedTuple):
-    """A bound that is reached: its name among the options, and the sentence that a client is told."""
+    """A bound that is reached: its name among the options, and the sentence that a client is told.
+
+    `excess_tokens`: by how many tokens, where it is the bound on tokens."""
 
     bound: str
     message: str
+    excess_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +44,10 @@ class Bounds:
             return _reached("max_concurrent_requests", requests, "requests are under way", self.max_concurrent_requests)
         if waiting >= self.max_queued_requests:
             return _reached("max_queued_requests", waiting, "requests are waiting", self.max_queued_requests)
-        if waiting_tokens and waiting_tokens + tokens > self.max_queued_tokens:
-            return _reached("max_queued_tokens", waiting_tokens, "prompt tokens are waiting", self.max_queued_tokens)
+        excess = waiting_tokens + tokens - self.max_queued_tokens
+        if waiting_tokens and excess > 0:
+            found = _reached("max_queued_tokens", waiting_tokens, "prompt tokens are waiting", self.max_queued_tokens)
+            return found._replace(excess_tokens=excess)
         return None
 
 

@@ -145,7 +145,7 @@ class Tokenizers:
 class Engine:
     """The loop. Collaborators come in ready-made; `run` returns when the supervisor asks for the end."""
 
-    def __init__(self, process: Process, tokenizers: Tokenizers, workers: Workers) -> None:
+    def __init__(self, process: Process, tokenizers: Tokenizers, workers: Workers, bounds: Bounds) -> None:
         self.process = process
         self.tokenizers = tokenizers
         self.workers = workers
@@ -153,7 +153,7 @@ class Engine:
         self.in_flight: set[int] = set()  # steps
         self.backlog: deque[tuple[str, Submit]] = deque()  # arrived before the workers were ready
         self.deadlines = Deadlines(tokenizers.owner)
-        self.bounds = Bounds.of(process.config)
+        self.bounds = bounds
         self.tell_at_s = 0.0
         self.meter = StepMeter()
         self.needs_reset = True
@@ -229,7 +229,7 @@ class Engine:
                 scheduler.num_waiting, scheduler.queued_tokens, len(scheduler.requests), tokens
             )
         ) is not None:
-            loser = scheduler.surplus(submit, by_tokens=reached.bound == "max_queued_tokens")
+            loser = scheduler.surplus(submit, reached.excess_tokens)
             self.refuse(loser or submit.request_id, reached)
             if loser is None:
                 return False
@@ -410,7 +410,7 @@ def main() -> None:
     tokenizers = Tokenizers(Server(context, process.address("scheduler"), ToScheduler), process.model.engine)
     workers = Workers(Server(context, process.address("workers"), FromWorker), process.config.tensor_parallel_size)
     try:
-        Engine(process, tokenizers, workers).run()
+        Engine(process, tokenizers, workers, Bounds.of(process.config)).run()
     finally:
         tokenizers.server.close()
         workers.server.close()

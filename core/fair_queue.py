@@ -173,13 +173,15 @@ class FairQueue(Generic[T]):
         if tenant is not None and (level := tenant.levels.get(place.priority)) is not None:
             level.turns.settle(place.user, tokens)
 
-    def surplus(self, newcomer: Place, *, by_tokens: bool) -> T | None:
+    def surplus(self, newcomer: Place, excess_tokens: int = 0) -> T | None:
         """Who should give way to a newcomer in a full queue: the newest of whoever has more waiting than it would have.
 
         Looks for another tenant, then for less important requests of the same tenant, then for another of its users.
-        None: the newcomer's own share is full. `by_tokens`: tenants are compared by tokens, not by number. Takes time
-        with the number of tenants, and is asked only when the queue is full.
+        None: the newcomer's own share is full. With `excess_tokens`, what the queue would have too many with it,
+        tenants are compared by tokens, not by number, and only other tenants give way, if they can make room for all
+        of it. Takes time with the number of tenants, and is asked only when the queue is full.
         """
+        by_tokens = excess_tokens > 0
         own = self._tenants.get(newcomer.tenant)
         own_weight = 0 if own is None else own.tokens if by_tokens else own.count
         own_weight += newcomer.tokens if by_tokens else 1
@@ -188,10 +190,12 @@ class FairQueue(Generic[T]):
             return self._tenants[name].tokens if by_tokens else self._tenants[name].count
 
         heaviest = max(self._tenants, key=weight, default=newcomer.tenant)
+        if excess_tokens > sum(max(0, tenant.tokens - own_weight) for tenant in self._tenants.values()):
+            return None
         if heaviest != newcomer.tenant and weight(heaviest) > own_weight:
             other = self._tenants[heaviest]
             return next(reversed(other.levels[other.least_priority()].longest()))
-        if own is None:
+        if own is None or by_tokens:
             return None
         priority = own.least_priority()
         longest = own.levels[priority].longest()

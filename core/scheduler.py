@@ -122,10 +122,11 @@ class Scheduler:
             found[reason] = len(self._fresh) + self._num_begun[State.WAITING]
         return found | {"preempted": self._num_begun[State.PREEMPTED], "prompt": len(self._forks)}
 
-    def surplus(self, submit: Submit, *, by_tokens: bool) -> str | None:
-        """The request that should give way to a newcomer when the queue is full; None: the newcomer itself."""
+    def surplus(self, submit: Submit, excess_tokens: int = 0) -> str | None:
+        """The request that should give way to a newcomer when the queue is full (`excess_tokens`: by so many tokens);
+        None: the newcomer itself."""
         place = Place(submit.tenant, submit.user, submit.priority, sum(len(part.ids) for part in submit.segments))
-        sequence = self._fresh.surplus(place, by_tokens=by_tokens)
+        sequence = self._fresh.surplus(place, excess_tokens)
         return None if sequence is None else sequence.request.submit.request_id
 
     def has(self, request_id: str) -> bool:

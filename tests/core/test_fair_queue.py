@@ -159,13 +159,13 @@ def test_who_gives_way_in_a_full_queue() -> None:
         queue.push(number, Place("noisy", "x" if number < 7 else "y", 0, 1))
     queue.push(100, Place("quiet", "", 0, 500))
     newcomer = Place("new", "", 0, 1)
-    assert queue.surplus(newcomer, by_tokens=False) == 6  # the newest of the noisy tenant's noisier user
-    assert queue.surplus(newcomer, by_tokens=True) == 100
-    assert queue.surplus(Place("noisy", "x", 0, 1), by_tokens=False) is None  # its own share is full
-    assert queue.surplus(Place("noisy", "y", 0, 1), by_tokens=False) == 6
-    assert queue.surplus(Place("noisy", "x", -1, 1), by_tokens=False) == 6  # less urgent
-    assert queue.surplus(Place("noisy", "x", 1, 1), by_tokens=False) is None
-    assert FairQueue[int]().surplus(newcomer, by_tokens=False) is None
+    assert queue.surplus(newcomer) == 6  # the newest of the noisy tenant's noisier user
+    assert queue.surplus(newcomer, 1) == 100
+    assert queue.surplus(Place("noisy", "x", 0, 1)) is None  # its own share is full
+    assert queue.surplus(Place("noisy", "y", 0, 1)) == 6
+    assert queue.surplus(Place("noisy", "x", -1, 1)) == 6  # less urgent
+    assert queue.surplus(Place("noisy", "x", 1, 1)) is None
+    assert FairQueue[int]().surplus(newcomer) is None
 
 
 @settings(max_examples=60, deadline=None)
@@ -179,7 +179,7 @@ def test_a_full_queue_is_divided_evenly(seed: int, capacity: int) -> None:
     for number in range(600):
         place = Place(rng.choices(list(weights), list(weights.values()))[0], "", 0, 1)
         if len(queue) >= capacity:
-            loser = queue.surplus(place, by_tokens=False)
+            loser = queue.surplus(place)
             if loser is None:
                 continue
             queue.remove(loser)

@@ -414,14 +414,14 @@ def test_who_gives_way_has_not_begun() -> None:
     heard = Submit("heard", "", [TokenSegment([1])], SamplingParams(n=2, max_tokens=9), tenant="a", epoch=1)
     scheduler.add(msgspec.structs.replace(heard, resume=[ChoiceProgress(0, []), ChoiceProgress(1, [5])]))
     newcomer = Submit("new", "", [TokenSegment([1])], SamplingParams(), tenant="b")
-    assert scheduler.surplus(newcomer, by_tokens=False) is None
+    assert scheduler.surplus(newcomer) is None
     for name in ("one", "two"):
         scheduler.add(Submit(name, "", [TokenSegment([1] * 5)], SamplingParams(max_tokens=5), tenant="a"))
     assert (scheduler.num_waiting, scheduler.queued_tokens) == (4, 10)
     assert [scheduler.has_begun(name) for name in ("heard", "one", "unknown")] == [True, False, False]
-    assert scheduler.surplus(newcomer, by_tokens=False) == "two"
+    assert scheduler.surplus(newcomer) == "two"
     assert scheduler.abort("two")
-    assert scheduler.surplus(newcomer, by_tokens=True) == "one"
+    assert scheduler.surplus(newcomer, 1) == "one"
     harness.send()
     assert scheduler.running[0].request.submit.request_id == "heard"
 
