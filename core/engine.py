@@ -241,16 +241,21 @@ class Engine:
         self.meter.refuse(reached.bound)
         drain_s = self.meter.drain.seconds(self.scheduler.num_waiting, self.scheduler.queued_tokens)
         self.tokenizers.end(Rejected(request_id, "queue_full", reached.message, None, drain_s))
-        self.abort(request_id)
+        self.free(request_id)
 
     def abort(self, request_id: str) -> None:
-        """Free everything of a request at once; its tokenizer knows."""
+        """The client went away; the tokenizer knows."""
+        if self.free(request_id) and self.scheduler is not None:
+            self.scheduler.counters.aborted += 1
+
+    def free(self, request_id: str) -> bool:
+        """Free everything of a request at once; whether the scheduler had it."""
         self.tokenizers.owner.pop(request_id, None)
         self.meter.dropped(request_id)
         if self.scheduler is not None:
-            self.scheduler.abort(request_id)
-        else:
-            self.backlog = deque(item for item in self.backlog if item[1].request_id != request_id)
+            return self.scheduler.abort(request_id)
+        self.backlog = deque(item for item in self.backlog if item[1].request_id != request_id)
+        return False
 
     def receive_results(self) -> list[StepNews]:
         """Take everything that the workers have sent; returns the steps' news, not yet published."""
@@ -353,7 +358,7 @@ class Engine:
             self.meter.expired[state] += 1
             text = f"the request's deadline passed while it was {state}; everything of it has been freed"
             self.tokenizers.end(Failed(request_id, "deadline_exceeded", text))
-            self.abort(request_id)
+            self.free(request_id)
 
     def tell_state(self) -> None:
         """Let the doors know how full the house is, once it is half full."""

@@ -193,7 +193,6 @@ class Scheduler:
         for sequence in request.sequences:
             if sequence.state is not State.FINISHED:
                 self._end(sequence)
-        self.counters.aborted += 1
         return True
 
     def stop(self, request_id: str, choice: int) -> bool:

@@ -13,6 +13,7 @@ import httpx
 import msgspec
 import pytest
 
+from api.keys import Keys
 from core.messages import ChatPrompt, StatsReply, TokensPrompt
 from core.stats import EngineSnapshot
 from quire import SamplingParams
@@ -606,6 +607,15 @@ def test_whose_request_it_is(url: str, tokenizer: FakeTokenizer) -> None:
         assert (tokenizer.requests[-1].tenant, tokenizer.requests[-1].user) == ("", user)
     assert post(url, "/v1/completions", {"prompt": "a", "user": "ü" * 5000}).status_code == 200
     assert len(tokenizer.requests[-1].user) == 32
+
+
+def test_the_keys_holder_is_the_tenant(folder: Path) -> None:
+    with doors(folder, keys=Keys(["sk-1"])) as (running, tokenizer):
+        for path, asked in (("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", {"messages": USER})):
+            body = {**asked, "user": "ada"}
+            assert post(running.url, path, body, headers={"authorization": "Bearer sk-1"}).status_code == 200
+            assert tokenizer.requests[-1].tenant.startswith("key-")
+            assert tokenizer.requests[-1].user == "ada"
 
 
 def test_queue_full(url: str) -> None:

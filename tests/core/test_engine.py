@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from core import engine as module
 from core.admission import Bounds
 from core.engine import Engine, Tokenizers
-from core.messages import Failed, KVSpec, QueueState, Rejected, SequenceOutput, Submit, TokenSegment
+from core.messages import (
+    BatchResult,
+    Failed,
+    KVSpec,
+    QueueState,
+    Rejected,
+    RowResult,
+    SequenceOutput,
+    StepOutput,
+    Submit,
+    TokenSegment,
+)
 from core.scheduler import Limits, Scheduler
 from quire import SamplingParams
 
@@ -110,6 +126,53 @@ def test_a_long_prompt_makes_several_give_way_or_none() -> None:
     door.ask("third", "third", 20)
     assert [message.request_id for message in door.told()] == ["noisy1"]
     assert door.scheduler.queued_tokens == 80
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10**9))
+def test_every_request_has_exactly_one_ending(seed: int) -> None:
+    """Whatever comes, is refused, gives way, expires, runs or is aborted: nobody ends twice, nobody is forgotten."""
+    rng = random.Random(seed)
+    door = Door()
+    clock = SimpleNamespace(now=0.0)
+    endings: Counter[str] = Counter()
+    aborted: set[str] = set()
+
+    def step() -> None:
+        batch = door.scheduler.schedule()
+        if batch is not None:
+            results = [RowResult(item.row, [7]) for item in batch.scheduled if item.sample]
+            door.engine.publish([(batch.step, door.scheduler.update(BatchResult("", batch.step, results)), {})])
+        door.engine.expire()
+        for message in door.told():
+            if isinstance(message, StepOutput):
+                endings.update(output.request_id for output in message.outputs if output.finish_reason is not None)
+            elif isinstance(message, Rejected | Failed):
+                endings[message.request_id] += 1
+
+    with patch.object(module, "time", SimpleNamespace(monotonic=lambda: clock.now)):
+        for number in range(60):
+            deadline_s = clock.now + rng.randint(1, 12) if rng.random() < 0.3 else None
+            tokens, priority = rng.randint(1, 50), rng.randint(0, 1)
+            more = {"user": rng.choice("xy"), "deadline_s": deadline_s, "priority": priority}
+            door.ask(f"r{number}", rng.choice("aab"), tokens, **more)
+            live = list(door.engine.tokenizers.owner)
+            if live and rng.random() < 0.1:
+                gone = rng.choice(live)
+                aborted.add(gone)
+                door.engine.abort(gone)
+            clock.now += rng.random()
+            for _ in range(rng.randint(0, 3)):
+                step()
+        for _ in range(2000):
+            step()
+    assert not door.scheduler.requests
+    assert not door.engine.tokenizers.owner
+    assert max(endings.values()) == 1
+    assert {f"r{number}" for number in range(60)} == set(endings) | aborted
+    assert not set(endings) & aborted
+    assert (door.scheduler.num_waiting, door.scheduler.queued_tokens) == (0, 0)
+    assert door.scheduler.counters.aborted == len(aborted)
 
 
 def test_a_resumed_request_is_let_in() -> None:
