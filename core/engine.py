@@ -41,6 +41,7 @@ from core.scheduler import Limits, Scheduler
 
 MAX_STEPS_IN_FLIGHT = 2  # one running, one waiting in the worker's socket
 MAX_POLL_S = 0.2
+TURN_S = 0.005  # after so long with arrivals, the device has its turn
 TELL_S = 0.05  # the doors hear at most so often how full the house is
 
 # A step, its news, and the seconds in the queue of each request whose first token is among them.
@@ -180,8 +181,9 @@ class Engine:
     # ------------------------------------------------------------------------------------------ receive
 
     def receive_requests(self) -> None:
-        """Take everything that the tokenizers have sent."""
-        while (frame := _receive(self.tokenizers.server)) is not None:
+        """Take what the tokenizers have sent; of a flood, as much as a turn has time for."""
+        end_s = time.monotonic() + TURN_S
+        while time.monotonic() < end_s and (frame := _receive(self.tokenizers.server)) is not None:
             peer, messages = frame
             self.tokenizers.greet(peer)
             for message in messages:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -45,3 +46,22 @@ async def test_waiting_running_and_streaming_requests_end_at_their_deadline(serv
         found = stats(server, "engine")
         assert (found["kv_blocks_used"], found["queued_tokens"]) == (0, 0)
         assert stats(server, "api")["errors"]["deadline_exceeded"] == 5
+
+
+async def test_a_deadline_is_kept_while_the_scheduler_hangs(serve: Serve) -> None:
+    """Neither tokenizer nor scheduler can end it: the api process does, and what comes back is freed."""
+    with serve("--device", "null", "--null-step-ms", "20", "--hang-timeout-s", "60") as server:
+        scheduler = server.children()["scheduler"]
+        async with client(server) as http:
+            flood = Flood()
+            running = asyncio.create_task(flood.post(http, {**LONG, "timeout": 2}))
+            while stats(server, "engine")["running"] < 1:
+                await asyncio.sleep(0.05)
+            scheduler.send_signal(signal.SIGSTOP)
+            await asyncio.gather(running, flood.post(http, {**LONG, "timeout": 0.5}))
+            assert flood.outcomes == {"deadline_exceeded": 2}
+            scheduler.send_signal(signal.SIGCONT)
+            await flood.post(http, {**LONG, "max_tokens": 5})
+            assert flood.outcomes["finished"] == 1
+        wait_stats(server, "api", lambda found: found["expired"] == 2)
+        wait_stats(server, "engine", lambda found: not (found["running"] or found["waiting"]))
