@@ -230,7 +230,8 @@ class EngineClient:
         if self.draining:
             raise QuireError("draining", "the server is stopping; send the request again", None, RETRY_AFTER_S)
         if self.num_live + len(prompts) * sampling.n > self._max_live and self.num_live:
-            self._refuse("sequences", f"{self.num_live} sequences are running or waiting; try again later")
+            text = f"{self.num_live} sequences are under way in this api process (it takes {self._max_live})"
+            self._refuse("sequences", f"{text}; try again later")
         self._check_bounds(tenant, user)
         if deadline_s is not None and deadline_s <= time.monotonic():
             raise QuireError("deadline_exceeded", "the request's deadline passed before it was taken")

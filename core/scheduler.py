@@ -127,7 +127,9 @@ class Scheduler:
         None: the newcomer itself."""
         place = Place(submit.tenant, submit.user, submit.priority, sum(len(part.ids) for part in submit.segments))
         sequence = self._fresh.surplus(place, excess_tokens)
-        return None if sequence is None else sequence.request.submit.request_id
+        if sequence is None or sequence.request.begun:  # a choice of a resumed request waits while another one runs
+            return None
+        return sequence.request.submit.request_id
 
     def has(self, request_id: str) -> bool:
         """Whether a request is under way."""

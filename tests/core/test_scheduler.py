@@ -426,6 +426,20 @@ def test_who_gives_way_has_not_begun() -> None:
     assert scheduler.running[0].request.submit.request_id == "heard"
 
 
+def test_a_choice_that_waits_while_another_runs_does_not_give_way() -> None:
+    from core.messages import ChoiceProgress
+
+    harness = Harness(SPECS[0], num_blocks=40, block_size=4, rows=1, tokens=64, caching=True)
+    resumed = Submit("r", "", [TokenSegment([1])], SamplingParams(n=3, max_tokens=9), tenant="a", epoch=1)
+    progress = [ChoiceProgress(choice, []) for choice in range(3)]
+    harness.scheduler.add(msgspec.structs.replace(resumed, resume=progress))
+    newcomer = Submit("new", "", [TokenSegment([1])], SamplingParams(), tenant="b")
+    assert harness.scheduler.surplus(newcomer) == "r"
+    harness.send()
+    assert (len(harness.scheduler.running), harness.scheduler.num_waiting) == (1, 2)
+    assert harness.scheduler.surplus(newcomer) is None
+
+
 @pytest.mark.parametrize("decodes", [0, 1, 64, 512])
 def test_prefill_always_advances(decodes: int) -> None:
     from core.policy import prefill_budget
