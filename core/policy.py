@@ -78,5 +78,12 @@ def prefill_budget(
 
 
 def victim(running: Iterable[Sequence]) -> Sequence:
-    """The sequence whose preemption costs least: least important, then fewest tokens to compute again, then latest."""
-    return max(running, key=lambda s: (s.order[0], -s.num_scheduled, s.order))
+    """The sequence whose preemption costs least: least important, then fewest tokens to compute again, then latest.
+
+    Importance counts among the requests of one API key only: it is the key whose sequence is the cheapest of all.
+    """
+    candidates = list(running)
+    cheapest = max(candidates, key=lambda s: (-s.num_scheduled, s.order[1:]))
+    tenant = cheapest.request.submit.tenant
+    rivals = (s for s in candidates if s.request.submit.tenant == tenant)
+    return max(rivals, key=lambda s: (s.order[0], -s.num_scheduled, s.order))
