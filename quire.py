@@ -121,7 +121,8 @@ class Hello(_Wire, frozen=True, tag="hello"):
 class GenerateRequest(_Wire, frozen=True, tag="generate"):
     """Generate from exactly one of `prompt` (text or token ids) and `messages` (a chat, as OpenAI's).
 
-    `model` "" means the only model; `sampling` None the model's own defaults.
+    `model` "" means the only model; `sampling` None the model's own defaults. `user`: whose share of the server
+    it takes, among those with the same API key.
     """
 
     id: str
@@ -136,6 +137,7 @@ class GenerateRequest(_Wire, frozen=True, tag="generate"):
     timeout_s: float | None = None
     want_text: bool = True
     want_prompt: bool = False
+    user: str = ""
 
 
 class AbortRequest(_Wire, frozen=True, tag="abort"):

@@ -12,14 +12,29 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import NoReturn
 
 import msgspec
 import zmq
 
 from api.journal import Journal
+from core.admission import Bounds
 from core.channel import ChannelFull, Client
+from core.deadlines import Deadlines
 from core.errors import QuireError
-from core.messages import Abort, ChatPrompt, Delta, Failed, Finished, FromTokenizer, Generate, Prompt, Rejected, Started
+from core.messages import (
+    Abort,
+    ChatPrompt,
+    Delta,
+    Failed,
+    Finished,
+    FromTokenizer,
+    Generate,
+    Prompt,
+    QueueState,
+    Rejected,
+    Started,
+)
 from core.stats import ApiSnapshot
 from quire import SamplingParams
 
@@ -30,6 +45,8 @@ Event = Started | Delta | Finished
 MAX_BUFFERED_DELTAS = 4096  # unread news of one stream; some 2 MB, and half a minute at 128 tokens/s
 RETRY_AFTER_S = 1.0
 WHOLE = 32  # delta_tokens of an answer that is not streamed: what a restart below may have to compute again
+LATE_S = 0.2  # after its deadline a request is ended here, if nobody below has done so
+_UNBOUNDED = Bounds(2**63, 2**63, 2**63)
 MAX_FRAMES_PER_TURN = 64  # frames taken before other tasks of the loop get their turn
 
 
@@ -137,8 +154,10 @@ class EngineClient:
         links: one Channel client per tokenizer process.
         engine: "name@revision" of the engine that requests go to.
         prefix: begins every request id; unique to this process and this life of it.
-        max_live: sequences under way at which new requests are refused with `queue_full`. The scheduler's own limit on
-            waiting requests is exact; this one bounds this process's memory.
+        max_live: sequences under way at which new requests are refused with `queue_full`; bounds this process's memory.
+        bounds: what the whole server takes. The scheduler applies them exactly. Here they are applied as far as is
+            known, before a prompt is tokenized, and only to those who have their share under way: anybody else may
+            take the place of somebody who has more.
         max_buffered: see MAX_BUFFERED_DELTAS.
     """
 
@@ -149,6 +168,7 @@ class EngineClient:
         prefix: str,
         *,
         max_live: int,
+        bounds: Bounds = _UNBOUNDED,
         max_buffered: int = MAX_BUFFERED_DELTAS,
     ) -> None:
         self.draining = False
@@ -163,6 +183,11 @@ class EngineClient:
         self._max_buffered = max_buffered
         self._draw = random.SystemRandom()
         self._lives: dict[str, int] = {}  # process -> the life of it that is known here
+        self._bounds = bounds
+        self._queue_state = QueueState(0, 0, 0)
+        self._by_client: dict[tuple[str, str], int] = {}  # (tenant, user) -> requests under way
+        self._deadlines = Deadlines(self.live)
+        self._alarm: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         """Begin to read the sockets on the running event loop."""
@@ -176,6 +201,8 @@ class EngineClient:
         loop = asyncio.get_running_loop()
         for channel in self._links:
             loop.remove_reader(channel.socket.getsockopt(zmq.FD))
+        if self._alarm is not None:
+            self._alarm.cancel()
         for live in list(self.live.values()):
             live.stream.fail(QuireError("draining", "the server is stopping", None, RETRY_AFTER_S))
 
@@ -190,18 +217,24 @@ class EngineClient:
         want_text: bool = True,
         want_prompt: bool = False,
         delta_tokens: int = 1,
+        tenant: str = "",
+        user: str = "",
     ) -> Stream:
         """Send one request per prompt, each for `sampling.n` choices. Use the answer with `async with`.
 
         `delta_tokens`: see Generate; WHOLE where the answer is not streamed, which costs far less. Without a seed each
-        request draws its own here, so that a restart below draws the same tokens again.
-        Raises QuireError: draining, queue_full.
+        request draws its own here, so that a restart below draws the same tokens again. `deadline_s`: CLOCK_MONOTONIC.
+        `tenant` and `user` are whose share of the server it takes.
+        Raises QuireError: draining, queue_full, deadline_exceeded.
         """
         if self.draining:
             raise QuireError("draining", "the server is stopping; send the request again", None, RETRY_AFTER_S)
         if self.num_live + len(prompts) * sampling.n > self._max_live and self.num_live:
-            text = f"{self.num_live} sequences are running or waiting; try again later"
-            raise QuireError("queue_full", text, None, RETRY_AFTER_S)
+            text = f"{self.num_live} sequences are under way in this api process (it takes {self._max_live})"
+            self._refuse("sequences", f"{text}; try again later")
+        self._check_bounds(tenant, user)
+        if deadline_s is not None and deadline_s <= time.monotonic():
+            raise QuireError("deadline_exceeded", "the request's deadline passed before it was taken")
         stream = Stream(self, self._max_buffered)
         arrival_s = time.monotonic()
         try:
@@ -222,12 +255,26 @@ class EngineClient:
                     want_text=want_text,
                     want_prompt=want_prompt,
                     delta_tokens=delta_tokens,
+                    tenant=tenant,
+                    user=user,
                 )
                 self._begin(Live(Journal(request), self._load.index(min(self._load)), stream, index))
         except ChannelFull:
             stream.close()
             raise QuireError("queue_full", "the engine does not take requests now", None, RETRY_AFTER_S) from None
         return stream
+
+    def _check_bounds(self, tenant: str, user: str) -> None:
+        """Refuse early whom the scheduler would refuse. Raises QuireError("queue_full")."""
+        state, under_way = self._queue_state, len(self.live)
+        reached = self._bounds.reached(state.waiting, state.waiting_tokens, max(state.requests, under_way))
+        own = self._by_client.get((tenant, user), 0)
+        if reached is not None and own and own * len(self._by_client) >= under_way:
+            self._refuse(reached.bound, reached.message)
+
+    def _refuse(self, bound: str, text: str) -> NoReturn:
+        self.counts.refused[bound] = self.counts.refused.get(bound, 0) + 1
+        raise QuireError("queue_full", text, None, max(RETRY_AFTER_S, self._queue_state.drain_s))
 
     def note_lives(self, facts: Mapping[str, str | int | float]) -> None:
         """Take the supervisor's facts: requests of a tokenizer or scheduler that was restarted go on from the journal.
@@ -287,6 +334,11 @@ class EngineClient:
         self.live[request.request_id] = live
         self.num_live += request.sampling.n
         self._load[live.link] += request.sampling.n
+        client = (request.tenant, request.user)
+        self._by_client[client] = self._by_client.get(client, 0) + 1
+        if request.deadline_s is not None:
+            self._deadlines.add(request.request_id, request.deadline_s + LATE_S)
+            self._set_alarm()
         self._links[live.link].send([request])
         # Sending may take the socket's edge-triggered readiness with it: look again.
         asyncio.get_running_loop().call_soon(self._read, live.link)
@@ -294,10 +346,29 @@ class EngineClient:
     def _end(self, request_id: str) -> Live | None:
         live = self.live.pop(request_id, None)
         if live is not None:
-            count = live.journal.request.sampling.n
-            self.num_live -= count
-            self._load[live.link] -= count
+            request = live.journal.request
+            self.num_live -= request.sampling.n
+            self._load[live.link] -= request.sampling.n
+            client = (request.tenant, request.user)
+            self._by_client[client] -= 1
+            if not self._by_client[client]:
+                del self._by_client[client]
         return live
+
+    def _set_alarm(self) -> None:
+        """See to it that `_expire` runs at the next deadline, or within a second."""
+        if self._alarm is None and len(self._deadlines):
+            wait_s = self._deadlines.wait_s(time.monotonic(), 1.0)
+            self._alarm = asyncio.get_running_loop().call_later(wait_s, self._expire)
+
+    def _expire(self) -> None:
+        """End what is long past its deadline: tokenizer and scheduler do it sooner, unless they are away."""
+        self._alarm = None
+        for request_id in self._deadlines.expired(time.monotonic()):
+            if (live := self.live.get(request_id)) is not None:
+                self.counts.expired += 1
+                live.stream.fail(QuireError("deadline_exceeded", "the request's deadline passed"))
+        self._set_alarm()
 
     def _send_abort(self, link: int, request_id: str) -> None:
         try:
@@ -325,6 +396,9 @@ class EngineClient:
     def _dispatch(self, link: int, messages: list[FromTokenizer]) -> None:
         now = time.monotonic()
         for message in messages:
+            if isinstance(message, QueueState):
+                self._queue_state = message
+                continue
             live = self.live.get(message.request_id)
             if live is None:
                 # News of an aborted request may still be under way. A request of this process's former life is not

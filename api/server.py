@@ -27,6 +27,7 @@ from api.served import ServedModel
 from api.service import Service
 from api.tls import server_context
 from api.zmq_server import ZmqServer
+from core.admission import Bounds
 from core.channel import Client
 from core.errors import QuireError
 from core.messages import FromTokenizer, StatsReply
@@ -66,7 +67,8 @@ async def serve(process: Process, listening: socket.socket | None) -> None:
         links,
         process.model.engine,
         f"{process.name}.{os.urandom(4).hex()}.",
-        max_live=config.max_num_seqs + config.max_queued_requests,
+        max_live=2 * (config.max_num_seqs + config.max_queued_requests),
+        bounds=Bounds.of(config),
     )
     figures = SupervisorFigures(process, engine.snapshot, lambda: stop(), lambda reply: _noted(engine, reply))
     service = Service(

@@ -20,9 +20,10 @@ from api.keys import Keys
 from api.routes.stats import stats_of
 from api.schema.chat import chat_prompt
 from api.schema.completions import check_token_ids
+from api.schema.deadline import deadline_s
 from api.schema.models import model_card
 from api.schema.parse import explain
-from api.schema.sampling import deadline_s
+from api.schema.sampling import short_name
 from api.service import Service
 from core.channel import bind_private
 from core.errors import QuireError
@@ -257,6 +258,8 @@ class ZmqServer:
             deadline_s=deadline_s(message.timeout_s),
             want_text=message.want_text,
             want_prompt=message.want_prompt,
+            tenant=self._greeted.get(peer.identity, ""),
+            user=short_name(message.user),
         )
         async with stream:
             async for news in stream:

@@ -61,6 +61,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     api_workers: Annotated[int, Meta(ge=1, le=64), _option("api processes on the one port", "server")] = 1
     tokenizer_workers: Annotated[int, Meta(ge=1, le=64), _option("tokenizer processes", "server")] = 1
     max_queued_requests: Annotated[Positive, _option("requests that may wait; more get 429", "server")] = 4096
+    max_queued_tokens: Annotated[
+        Positive, _option("prompt tokens that may wait, counted as if nothing were cached; more get 429", "server")
+    ] = 8_388_608
+    max_concurrent_requests: Annotated[
+        Positive | None,
+        _option(
+            "requests that may wait and run, over all doors; default: max-num-seqs + max-queued-requests", "server"
+        ),
+    ] = None
     max_body_bytes: Annotated[Positive, _option("largest request body", "server")] = 16 * 1024 * 1024
     strict_fields: Annotated[bool, _option("refuse unknown request fields by name", "server")] = False
     drain_timeout_s: Annotated[float, Meta(ge=0), _option("at SIGTERM, seconds for running requests", "server")] = 20.0

@@ -7,7 +7,6 @@ a device does not wait for Python. The scheduler is pure; this file is its socke
 from __future__ import annotations
 
 import contextlib
-import heapq
 import time
 from collections import deque
 from typing import Any
@@ -15,7 +14,9 @@ from typing import Any
 import msgspec
 import zmq
 
+from core.admission import Bounds, Reached
 from core.channel import ChannelFull, PeerGone, Server
+from core.deadlines import Deadlines
 from core.messages import (
     Abort,
     BatchResult,
@@ -23,6 +24,7 @@ from core.messages import (
     FromWorker,
     Hello,
     Introduce,
+    QueueState,
     Rejected,
     SequenceOutput,
     Shutdown,
@@ -38,6 +40,9 @@ from core.process import Process, freeze_heap
 from core.scheduler import Limits, Scheduler
 
 MAX_STEPS_IN_FLIGHT = 2  # one running, one waiting in the worker's socket
+MAX_POLL_S = 0.2
+TURN_S = 0.005  # after so long with arrivals, the device has its turn
+TELL_S = 0.05  # the doors hear at most so often how full the house is
 
 # A step, its news, and the seconds in the queue of each request whose first token is among them.
 StepNews = tuple[int, list[SequenceOutput], dict[str, float]]
@@ -94,6 +99,21 @@ class Tokenizers:
         self.server = server
         self.engine = engine
         self.owner: dict[str, str] = {}
+        self.names: set[str] = set()
+        self._told = QueueState(0, 0, 0)
+
+    def greet(self, peer: str) -> None:
+        """A tokenizer process speaks; when this process, or that one, is new, it knows of no state."""
+        if peer not in self.names:
+            self.names.add(peer)
+            self._send(peer, self._told)
+
+    def tell(self, state: QueueState) -> None:
+        """Let every tokenizer know how full the house is, if that is news."""
+        if state != self._told:
+            self._told = state
+            for peer in self.names:
+                self._send(peer, state)
 
     def publish(self, news: StepNews) -> list[str]:
         """Send a step's news; returns the ids of requests whose tokenizer is gone."""
@@ -126,14 +146,16 @@ class Tokenizers:
 class Engine:
     """The loop. Collaborators come in ready-made; `run` returns when the supervisor asks for the end."""
 
-    def __init__(self, process: Process, tokenizers: Tokenizers, workers: Workers) -> None:
+    def __init__(self, process: Process, tokenizers: Tokenizers, workers: Workers, bounds: Bounds) -> None:
         self.process = process
         self.tokenizers = tokenizers
         self.workers = workers
         self.scheduler: Scheduler | None = None
         self.in_flight: set[int] = set()  # steps
         self.backlog: deque[tuple[str, Submit]] = deque()  # arrived before the workers were ready
-        self.deadlines: list[tuple[float, str]] = []
+        self.deadlines = Deadlines(tokenizers.owner)
+        self.bounds = bounds
+        self.tell_at_s = 0.0
         self.meter = StepMeter()
         self.needs_reset = True
 
@@ -143,7 +165,7 @@ class Engine:
         for socket in (self.tokenizers.server.socket, self.workers.server.socket, self.process.control.socket):
             poller.register(socket, zmq.POLLIN)
         while not self.process.stopping:
-            poller.poll(200 if not self.deadlines else 20)
+            poller.poll(1 + int(1000 * self.deadlines.wait_s(time.monotonic(), MAX_POLL_S)))
             if not self.workers.complete:
                 self.workers.introduce()
             self.receive_requests()
@@ -151,6 +173,7 @@ class Engine:
             self.send_batches()
             self.publish(outputs)
             self.expire()
+            self.tell_state()
             self.process.poll_control()
             self.beat()
         self.workers.broadcast(Shutdown("the server stops"))
@@ -158,9 +181,11 @@ class Engine:
     # ------------------------------------------------------------------------------------------ receive
 
     def receive_requests(self) -> None:
-        """Take everything that the tokenizers have sent."""
-        while (frame := _receive(self.tokenizers.server)) is not None:
+        """Take what the tokenizers have sent; of a flood, as much as a turn has time for."""
+        end_s = time.monotonic() + TURN_S
+        while time.monotonic() < end_s and (frame := _receive(self.tokenizers.server)) is not None:
             peer, messages = frame
+            self.tokenizers.greet(peer)
             for message in messages:
                 match message:
                     case Submit():
@@ -174,6 +199,8 @@ class Engine:
                     case Hello():
                         for request_id in [key for key, owner in self.tokenizers.owner.items() if owner == peer]:
                             self.abort(request_id)
+                        self.tokenizers.names.discard(peer)
+                        self.tokenizers.greet(peer)
 
     def admit(self, peer: str, submit: Submit) -> None:
         """Queue a request, or refuse it with the reason."""
@@ -182,30 +209,55 @@ class Engine:
                 return  # late words of the request's earlier life
             self.abort(submit.request_id)
         self.tokenizers.owner[submit.request_id] = peer
+        self.deadlines.add(submit.request_id, submit.deadline_s)
         if self.scheduler is None:
             self.backlog.append((peer, submit))
             return
         if (reason := self.scheduler.fits(submit)) is not None:
             self.tokenizers.end(Rejected(submit.request_id, "context_length_exceeded", reason, "messages"))
             return
-        limit = self.process.config.max_queued_requests
-        if submit.epoch == 0 and self.scheduler.num_waiting >= limit:  # one that was resumed has been let in
-            text = f"{limit} requests are waiting already (--max-queued-requests); try again later"
-            self.tokenizers.end(Rejected(submit.request_id, "queue_full", text, None, self.meter.drain_s(limit)))
+        if submit.epoch == 0 and not self.make_way(submit):  # one that was resumed has been let in
             return
         self.meter.admitted(submit.request_id, submit.arrival_s, not self.scheduler.requests)
         self.scheduler.add(submit)
-        if submit.deadline_s is not None:
-            heapq.heappush(self.deadlines, (submit.deadline_s, submit.request_id))
+
+    def make_way(self, submit: Submit) -> bool:
+        """Whether a newcomer is within the bounds. In a full queue the newest of whoever has most gives way to it;
+        whoever has most already is refused. So nobody can fill the queue for the others."""
+        assert self.scheduler is not None
+        scheduler, tokens = self.scheduler, sum(len(segment.ids) for segment in submit.segments)
+        while (
+            reached := self.bounds.reached(
+                scheduler.num_waiting, scheduler.queued_tokens, len(scheduler.requests), tokens
+            )
+        ) is not None:
+            loser = scheduler.surplus(submit, reached.excess_tokens)
+            self.refuse(loser or submit.request_id, reached)
+            if loser is None:
+                return False
+        return True
+
+    def refuse(self, request_id: str, reached: Reached) -> None:
+        """End a request that has not begun, because of a bound."""
+        assert self.scheduler is not None
+        self.meter.refuse(reached.bound)
+        drain_s = self.meter.drain.seconds(self.scheduler.num_waiting, self.scheduler.queued_tokens)
+        self.tokenizers.end(Rejected(request_id, "queue_full", reached.message, None, drain_s))
+        self.free(request_id)
 
     def abort(self, request_id: str) -> None:
-        """Free everything of a request at once; its tokenizer knows."""
+        """The client went away; the tokenizer knows."""
+        if self.free(request_id) and self.scheduler is not None:
+            self.scheduler.counters.aborted += 1
+
+    def free(self, request_id: str) -> bool:
+        """Free everything of a request at once; whether the scheduler had it."""
         self.tokenizers.owner.pop(request_id, None)
         self.meter.dropped(request_id)
         if self.scheduler is not None:
-            self.scheduler.abort(request_id)
-        else:
-            self.backlog = deque(item for item in self.backlog if item[1].request_id != request_id)
+            return self.scheduler.abort(request_id)
+        self.backlog = deque(item for item in self.backlog if item[1].request_id != request_id)
+        return False
 
     def receive_results(self) -> list[StepNews]:
         """Take everything that the workers have sent; returns the steps' news, not yet published."""
@@ -303,12 +355,25 @@ class Engine:
 
     def expire(self) -> None:
         """End requests whose deadline has passed."""
+        for request_id in self.deadlines.expired(time.monotonic()):
+            state = "running" if self.scheduler is not None and self.scheduler.has_begun(request_id) else "waiting"
+            self.meter.expired[state] += 1
+            text = f"the request's deadline passed while it was {state}; everything of it has been freed"
+            self.tokenizers.end(Failed(request_id, "deadline_exceeded", text))
+            self.free(request_id)
+
+    def tell_state(self) -> None:
+        """Let the doors know how full the house is, once it is half full."""
         now = time.monotonic()
-        while self.deadlines and self.deadlines[0][0] <= now:
-            _, request_id = heapq.heappop(self.deadlines)
-            if request_id in self.tokenizers.owner:
-                self.tokenizers.end(Failed(request_id, "deadline_exceeded", "the request's deadline has passed"))
-                self.abort(request_id)
+        if self.scheduler is None or now < self.tell_at_s:
+            return
+        self.tell_at_s = now + TELL_S
+        waiting, tokens = self.scheduler.num_waiting, self.scheduler.queued_tokens
+        requests = len(self.scheduler.requests)
+        state = QueueState(0, 0, 0)
+        if self.bounds.reached(2 * waiting, 2 * tokens, 2 * requests) is not None:
+            state = QueueState(waiting, tokens, requests, round(self.meter.drain.seconds(waiting, tokens)))
+        self.tokenizers.tell(state)
 
     def beat(self) -> None:
         """Statistics ride on the heartbeat, which comes from this loop and nowhere else."""
@@ -352,7 +417,7 @@ def main() -> None:
     tokenizers = Tokenizers(Server(context, process.address("scheduler"), ToScheduler), process.model.engine)
     workers = Workers(Server(context, process.address("workers"), FromWorker), process.config.tensor_parallel_size)
     try:
-        Engine(process, tokenizers, workers).run()
+        Engine(process, tokenizers, workers, Bounds.of(process.config)).run()
     finally:
         tokenizers.server.close()
         workers.server.close()

@@ -7,8 +7,8 @@ frame to each peer, never one per token. New fields go last with a default. No p
     tokenizer -> scheduler Hello, Submit, Stop, Abort
     scheduler -> worker    Batch, Introduce, Shutdown
     worker -> scheduler    WorkerReady, BatchResult, WorkerFailed
-    scheduler -> tokenizer StepOutput, Rejected, Failed
-    tokenizer -> api       Started, Delta, then exactly one of Finished, Rejected, Failed
+    scheduler -> tokenizer StepOutput, Rejected, Failed, QueueState
+    tokenizer -> api       Started, Delta, then exactly one of Finished, Rejected, Failed; QueueState
     any -> supervisor      Ready, Heartbeat, StatsQuery
     supervisor -> any      Shutdown, StatsReply
 
@@ -78,6 +78,8 @@ class Generate(Message, frozen=True):
     delta_tokens: int = 1  # after the first, a choice's news waits for so many tokens, or its end
     epoch: int = 0
     resume: list[ChoiceProgress] = []
+    tenant: str = ""  # whose API key it came with
+    user: str = ""  # one of the tenant's users
 
 
 class Abort(Message, frozen=True):
@@ -119,6 +121,8 @@ class Submit(Message, frozen=True):
     adapter_slot: int = 0
     epoch: int = 0
     resume: list[ChoiceProgress] = []
+    tenant: str = ""
+    user: str = ""
 
 
 class Stop(Message, frozen=True):
@@ -356,7 +360,20 @@ class Failed(Message, frozen=True):
     message: str
 
 
-FromScheduler = StepOutput | Rejected | Failed
+class QueueState(Message, frozen=True):
+    """How full the house is, so that the doors can refuse early. Sent when it changes, some twenty times a second.
+
+    `waiting`: sequences; `waiting_tokens`: their prompt tokens; `requests`: those that wait or run. `drain_s`: seconds
+    until what waits now will have begun, at the measured rate.
+    """
+
+    waiting: int
+    waiting_tokens: int
+    requests: int
+    drain_s: float = 1.0
+
+
+FromScheduler = StepOutput | Rejected | Failed | QueueState
 
 # --------------------------------------------------------------------------------------------- tokenizer -> api
 
@@ -406,7 +423,7 @@ class Finished(Message, frozen=True):
     queued_s: float = 0.0  # between the request's arrival and its first step
 
 
-FromTokenizer = Started | Delta | Finished | Rejected | Failed
+FromTokenizer = Started | Delta | Finished | Rejected | Failed | QueueState
 
 # --------------------------------------------------------------------------------------------- control (supervisor)
 

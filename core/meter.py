@@ -6,14 +6,12 @@ A step costs it about a microsecond, and a request three; whatever takes longer 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterable
 
+from core.drain import Drain
 from core.messages import Batch, BatchResult, SequenceOutput
 from core.scheduler import Scheduler
 from core.stats import CountHistogram, EngineSnapshot, Histogram
-
-WINDOW = 256  # endings that the drain rate is measured over
 
 
 class Course:
@@ -46,7 +44,9 @@ class StepMeter:
         self.prefill = Histogram()
         self.decode = Histogram()
         self.worker_restarts = 0
-        self._endings: deque[float] = deque(maxlen=WINDOW)
+        self.refused: dict[str, int] = {}
+        self.expired: dict[str, int] = {"waiting": 0, "running": 0}
+        self.drain = Drain()
         self._courses: dict[str, Course] = {}
         self._sent: dict[int, tuple[float, bool]] = {}  # step -> (sent_s, whether it computes a piece of a prompt)
         self._step_tokens = 0
@@ -88,7 +88,6 @@ class StepMeter:
         ended_ids: list[str] = []
         for output in outputs:
             if output.finish_reason is not None:
-                self._endings.append(now)
                 ended_ids.append(output.request_id)
             if output.first == 0 and output.token_ids:
                 first_ids.append(output.request_id)
@@ -97,6 +96,8 @@ class StepMeter:
             if not scheduler.has(request_id):
                 self.ended(request_id)
         self._idle_from_s = done_s if scheduler.requests else 0.0
+        counters = scheduler.counters
+        self.drain.observe(now, counters.dequeued, counters.dequeued_tokens, scheduler.num_waiting > 0)
         return queued_s
 
     def _first(self, request_id: str, now: float) -> float:
@@ -124,12 +125,9 @@ class StepMeter:
         self._sent.clear()
         self._idle_from_s = time.monotonic() if has_work else 0.0
 
-    def drain_s(self, num_waiting: int) -> float:
-        """Seconds until a queue of `num_waiting` drains at the rate of the last endings; between 1 and 60."""
-        if len(self._endings) < 2:
-            return 1.0
-        rate = (len(self._endings) - 1) / max(1e-3, time.monotonic() - self._endings[0])
-        return min(60.0, max(1.0, num_waiting / rate))
+    def refuse(self, bound: str) -> None:
+        """A request was refused because the queue is full; `bound`: which of its bounds was reached."""
+        self.refused[bound] = self.refused.get(bound, 0) + 1
 
     def snapshot(self, scheduler: Scheduler) -> EngineSnapshot:
         """The engine's figures at this moment."""
@@ -139,6 +137,9 @@ class StepMeter:
             running=len(scheduler.running),
             waiting=scheduler.num_waiting,
             waiting_by=scheduler.waiting_by(),
+            queued_tokens=scheduler.queued_tokens,
+            refused=self.refused,
+            expired=self.expired,
             kv_blocks_total=sum(pool.num_blocks for pool in pools),
             kv_blocks_used=sum(pool.num_blocks - pool.num_free for pool in pools),
             kv_blocks_cached=sum(pool.num_cached for pool in pools),

@@ -15,13 +15,19 @@ from dataclasses import dataclass
 from core.request import Sequence
 
 MIN_CHUNK = 32  # a prompt never waits for ever behind a full house of decodes
+EXPECTED_OUTPUT = 256  # tokens that an answer is thought to take, whatever max_tokens allows, until its end is known
 QUEUE_STEPS = 64  # the backlog of prompt tokens shrinks by this share of it in every step
 MEMORY = 64  # ended sequences over which Demand takes its means
 
 
 def order(priority: int, arrival: int, choice: int) -> tuple[int, int, int]:
-    """Sort key of waiting sequences: lower priority value first, then first come, first served."""
+    """Sort key of sequences that have begun: lower priority value first, then first come, first served."""
     return (priority, arrival, choice)
+
+
+def expected_output(max_output: int) -> int:
+    """Output tokens that a sequence's tenant is charged when it begins."""
+    return min(max_output, EXPECTED_OUTPUT)
 
 
 @dataclass(slots=True)
@@ -72,5 +78,12 @@ def prefill_budget(
 
 
 def victim(running: Iterable[Sequence]) -> Sequence:
-    """The sequence whose preemption costs least: least important, then fewest tokens to compute again, then latest."""
-    return max(running, key=lambda s: (s.order[0], -s.num_scheduled, s.order))
+    """The sequence whose preemption costs least: least important, then fewest tokens to compute again, then latest.
+
+    Importance counts among the requests of one API key only: it is the key whose sequence is the cheapest of all.
+    """
+    candidates = list(running)
+    cheapest = max(candidates, key=lambda s: (-s.num_scheduled, s.order[1:]))
+    tenant = cheapest.request.submit.tenant
+    rivals = (s for s in candidates if s.request.submit.tenant == tenant)
+    return max(rivals, key=lambda s: (s.order[0], -s.num_scheduled, s.order))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from core.blocks import BlockTable, chain_key
+from core.fair_queue import Place
 from core.messages import Submit
 
 
@@ -25,11 +26,12 @@ class Sequence:
 
     num_scheduled: positions whose KV is computed or in flight. num_computed: those whose step has been answered.
     pending: tokens that steps in flight will add. in_flight: steps in flight that hold this sequence. era: counts
-    preemptions, so that the answer to a step from before one is told apart.
+    preemptions, so that the answer to a step from before one is told apart. charged: output tokens that its tenant was
+    charged in advance.
     """
 
     __slots__ = (
-        "capacity", "choice", "era", "highest", "in_flight", "keys", "max_output", "num_computed",
+        "capacity", "charged", "choice", "era", "highest", "in_flight", "keys", "max_output", "num_computed",
         "num_prompt", "num_scheduled", "order", "output_ids", "pending", "prompt_ids", "prompt_logprobs_done",
         "publish_at", "published", "request", "row", "state", "tables",
     )  # fmt: skip
@@ -56,6 +58,7 @@ class Sequence:
         self.in_flight = 0
         self.era = 0
         self.prompt_logprobs_done = 0
+        self.charged = 0
 
     def __lt__(self, other: Sequence) -> bool:
         return self.order < other.order
@@ -86,7 +89,8 @@ class Sequence:
 
 @dataclass(slots=True)
 class Request:
-    """`max_output`: most tokens a choice may have. `ends`: ids that end a sequence. `unfinished`: choices under way."""
+    """`max_output`: most tokens a choice may have. `ends`: ids that end a sequence. `unfinished`: choices under way.
+    `begun`: a choice has run, so that the others need not wait for their turn, nor give way."""
 
     submit: Submit
     prompt_ids: list[int]
@@ -97,3 +101,10 @@ class Request:
     forks: list[Sequence] = field(default_factory=list)
     unfinished: int = 0
     cached_tokens: int | None = None
+    begun: bool = False
+
+    @property
+    def place(self) -> Place:
+        """Where it waits for its turn."""
+        submit = self.submit
+        return Place(submit.tenant, submit.user, submit.priority, len(self.prompt_ids))

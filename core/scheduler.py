@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from core import policy
 from core.blocks import BlockGroups, BlockTable, root_key
+from core.fair_queue import FairQueue, Place
 from core.messages import (
     Batch,
     BatchResult,
@@ -52,6 +53,8 @@ class Counters:
     step_tokens: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
+    dequeued: int = 0  # sequences that waited and have begun
+    dequeued_tokens: int = 0
 
 
 RUNNING, FINISHED = State.RUNNING, State.FINISHED  # looked up once: the loops below run for every row of every step
@@ -80,8 +83,10 @@ class Scheduler:
         self.requests: dict[str, Request] = {}
         self.running: list[Sequence] = []
         self._revision = revision
-        self._waiting: list[Sequence] = []  # a heap; entries that are no longer waiting are skipped when met
-        self._num_waiting = 0
+        self._fresh: FairQueue[Sequence] = FairQueue()
+        # Those that wait but have begun before go first: a heap by age; what no longer waits is skipped when met.
+        self._begun: list[Sequence] = []
+        self._num_begun = {State.WAITING: 0, State.PREEMPTED: 0}
         self._waiting_tokens = 0
         self._forks: deque[tuple[Sequence, Sequence]] = deque()  # (parent, fork), the parent's prompt is scheduled
         self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
@@ -95,26 +100,45 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences that wait for a row or for blocks."""
-        return self._num_waiting + len(self._forks)
+        return len(self._fresh) + sum(self._num_begun.values()) + len(self._forks)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens of the sequences that have not begun."""
+        return self._fresh.tokens
 
     def waiting_by(self) -> dict[str, int]:
         """`num_waiting` by what the sequences wait for. Nobody overtakes: all wait for what the first one waits for.
 
         rows: --max-num-seqs run already. memory: KV blocks. turn: their share of a step's tokens. preempted: blocks, a
-        second time. prompt: choice 0 computes the prompt that they share. Takes time with the queue's length.
+        second time. prompt: choice 0 computes the prompt that they share.
         """
-        first = min((s for s in self._waiting if s.state is State.WAITING), default=None)
-        fresh = sum(1 for s in self._waiting if s.state is State.WAITING)
+        first = self._first_begun() or self._fresh.first()
         found = {"rows": 0, "memory": 0, "turn": 0}
         if first is not None:
             wanted = self._blocks_wanted(first, self.groups.match(self._usable_keys(first)))
             enough = self.groups.can_take(wanted)
-            found["turn" if self._free_rows and enough else "memory" if self._free_rows else "rows"] = fresh
-        return found | {"preempted": self._num_waiting - fresh, "prompt": len(self._forks)}
+            reason = "turn" if self._free_rows and enough else "memory" if self._free_rows else "rows"
+            found[reason] = len(self._fresh) + self._num_begun[State.WAITING]
+        return found | {"preempted": self._num_begun[State.PREEMPTED], "prompt": len(self._forks)}
+
+    def surplus(self, submit: Submit, excess_tokens: int = 0) -> str | None:
+        """The request that should give way to a newcomer when the queue is full (`excess_tokens`: by so many tokens);
+        None: the newcomer itself."""
+        place = Place(submit.tenant, submit.user, submit.priority, sum(len(part.ids) for part in submit.segments))
+        sequence = self._fresh.surplus(place, excess_tokens)
+        if sequence is None or sequence.request.begun:  # a choice of a resumed request waits while another one runs
+            return None
+        return sequence.request.submit.request_id
 
     def has(self, request_id: str) -> bool:
         """Whether a request is under way."""
         return request_id in self.requests
+
+    def has_begun(self, request_id: str) -> bool:
+        """Whether some choice of a request under way has begun."""
+        request = self.requests.get(request_id)
+        return request is not None and request.begun
 
     def fits(self, submit: Submit) -> str | None:
         """Why a request can never run here, or None."""
@@ -144,6 +168,7 @@ class Scheduler:
             ends=frozenset(submit.eos_ids) | frozenset(sampling.stop_token_ids),
         )
         resumed = {progress.choice: list(progress.output_ids) for progress in submit.resume}
+        request.begun = bool(submit.resume) and (len(resumed) < sampling.n or any(resumed.values()))
         self._arrivals += 1
         for choice in range(sampling.n):
             output_ids = resumed.get(choice, [])
@@ -170,7 +195,6 @@ class Scheduler:
         for sequence in request.sequences:
             if sequence.state is not State.FINISHED:
                 self._end(sequence)
-        self.counters.aborted += 1
         return True
 
     def stop(self, request_id: str, choice: int) -> bool:
@@ -341,13 +365,12 @@ class Scheduler:
     def _admit_waiting(self, step: _Step, budget: int) -> None:
         """Start waiting sequences in order while there are rows, blocks and budget; nobody overtakes."""
         held: list[Sequence] = []
-        while self._waiting and budget > 0 and self._free_rows:
-            sequence = self._waiting[0]
-            if sequence.state not in (State.WAITING, State.PREEMPTED):
-                heapq.heappop(self._waiting)
-                continue
+        while budget > 0 and self._free_rows:
+            sequence = self._first_begun() or self._fresh.first()
+            if sequence is None:
+                break
             if sequence.in_flight:  # preempted; an answer that it needs is still under way
-                held.append(heapq.heappop(self._waiting))
+                held.append(heapq.heappop(self._begun))
                 continue
             keys = self._usable_keys(sequence)
             length = self.groups.match(keys)
@@ -358,9 +381,7 @@ class Scheduler:
             if not self.groups.can_take(self._blocks_wanted(sequence, length)):
                 self.groups.release(tables)
                 break
-            heapq.heappop(self._waiting)
-            self._num_waiting -= 1
-            self._waiting_tokens -= sequence.num_known
+            self._take_turn(sequence, start)
             if sequence.state is State.WAITING and sequence.choice == 0 and sequence.request.cached_tokens is None:
                 sequence.request.cached_tokens = start
                 self.counters.cached_tokens += start
@@ -368,7 +389,31 @@ class Scheduler:
             self._start(step, sequence, tables, start)
             budget -= self._schedule_chunk(step, sequence, budget)
         for sequence in held:
-            heapq.heappush(self._waiting, sequence)
+            heapq.heappush(self._begun, sequence)
+
+    def _first_begun(self) -> Sequence | None:
+        """The oldest sequence that waits and has begun before."""
+        while self._begun:
+            if self._begun[0].state in self._num_begun:
+                return self._begun[0]
+            heapq.heappop(self._begun)
+        return None
+
+    def _take_turn(self, sequence: Sequence, start: int) -> None:
+        """The first of those that wait stops waiting. A fresh one is charged what it computes and what it may generate,
+        for all of its choices; what it really generates is settled at its end."""
+        cost = 0
+        if sequence in self._fresh:
+            sequence.request.begun = True
+            cost = sequence.num_known - start
+            for choice in (sequence, *sequence.request.forks):
+                choice.charged = policy.expected_output(choice.max_output)
+                cost += choice.charged
+            self.counters.dequeued += 1
+            self.counters.dequeued_tokens += sequence.num_prompt
+        else:
+            heapq.heappop(self._begun)
+        self._unwait(sequence, cost)
 
     def _usable_keys(self, sequence: Sequence) -> list[bytes]:
         """Keys of the blocks that the prefix cache may serve: never the last token, whose logits are needed."""
@@ -415,9 +460,19 @@ class Scheduler:
 
     def _wait(self, sequence: Sequence, state: State) -> None:
         sequence.state = state
-        heapq.heappush(self._waiting, sequence)
-        self._num_waiting += 1
         self._waiting_tokens += sequence.num_known
+        if sequence.request.begun:
+            heapq.heappush(self._begun, sequence)
+            self._num_begun[state] += 1
+        else:
+            self._fresh.push(sequence, sequence.request.place)
+
+    def _unwait(self, sequence: Sequence, cost: int = 0) -> None:
+        self._waiting_tokens -= sequence.num_known
+        if sequence in self._fresh:
+            self._fresh.remove(sequence, cost)
+        else:
+            self._num_begun[sequence.state] -= 1
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's row and blocks; it waits at its old place and is computed again."""
@@ -444,14 +499,15 @@ class Scheduler:
         if sequence.state is State.RUNNING:
             self._publish(sequence)
             self._leave(sequence)
-        elif sequence.state in (State.WAITING, State.PREEMPTED):
-            self._num_waiting -= 1
-            self._waiting_tokens -= sequence.num_known
+        elif sequence.state in self._num_begun:
+            self._unwait(sequence)
         sequence.state = State.FINISHED
         request = sequence.request
         if sequence.output_ids:
             shared = sequence.num_prompt if sequence.choice else request.cached_tokens or 0
             self.demand.observe(sequence.num_prompt - shared, len(sequence.output_ids))
+        if sequence.charged:
+            self._fresh.settle(request.place, len(sequence.output_ids) - sequence.charged)
         request.unfinished -= 1
         if request.unfinished == 0:
             del self.requests[request.submit.request_id]

@@ -21,8 +21,10 @@ from typing import Any, TypeVar
 import msgspec
 import zmq
 
+from core.arrivals import Arrival, Arrivals
 from core.channel import ChannelFull, Client, PeerGone, Server
 from core.chat_template import ChatTemplate
+from core.deadlines import Deadlines, Known
 from core.errors import QuireError
 from core.grammar_check import GrammarCheck
 from core.live_text import LiveText
@@ -34,6 +36,7 @@ from core.messages import (
     FromTokenizer,
     Generate,
     Hello,
+    QueueState,
     Rejected,
     Started,
     StepOutput,
@@ -53,6 +56,7 @@ log = logging.getLogger("quire.tokenizer")
 
 LONG_TEXT = 16_384  # characters; some 3 ms to encode
 NUM_ENCODERS = 2  # threads: one text of many megabytes does not hold up all other long ones
+MAX_POLL_S = 0.5
 TURN_S = 0.005  # after so long with news from one side, the other side has its turn
 CHECK_S = 5.0  # for a grammar: twenty times what the costliest takes that is within the limits of core/grammar.py
 
@@ -117,6 +121,8 @@ class Requests:
             0,
             generate.epoch,
             generate.resume,
+            generate.tenant,
+            generate.user,
         )
         started = Started(generate.request_id, len(prompt_ids))
         if generate.want_prompt:
@@ -160,6 +166,19 @@ def _field(generate: Generate) -> str:
     return "messages" if isinstance(generate.prompt, ChatPrompt) else "prompt"
 
 
+class Unsubmitted:
+    """The ids of the requests that the scheduler does not have yet."""
+
+    def __init__(self, *places: Known) -> None:
+        self._places = places
+
+    def __contains__(self, request_id: object) -> bool:
+        return any(request_id in place for place in self._places)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._places))
+
+
 class TokenizerProcess:
     """The loop: receive, encode, hand down; receive, decode, hand up."""
 
@@ -170,8 +189,14 @@ class TokenizerProcess:
         self.scheduler = scheduler
         self.encoders = ThreadPoolExecutor(NUM_ENCODERS, "encode")
         self.checker = ThreadPoolExecutor(1, "grammar")
-        self.aside: dict[str, Future[Any]] = {}  # requests of which a thread does something
+        self.arrivals = Arrivals()
+        self.long = Arrivals()  # what waits for an encoder
+        self.num_encoding = 0  # encoders at work, also for requests that are gone
+        self.aside: dict[str, tuple[str, Future[Any]]] = {}  # id -> peer, and what a thread does for the request
         self.checks: deque[tuple[float, str, str, Future[None]]] = deque()  # (time limit, peer, request, its check)
+        self.deadlines = Deadlines(Unsubmitted(self.arrivals, self.long, self.aside))
+        self.queue_state = QueueState(0, 0, 0)
+        self.peers: set[str] = set()
         self.unsent: list[Stop | Abort] = []  # what a scheduler that does not read must still be told
         self.done: deque[Callable[[], None]] = deque()
         self.wake = os.eventfd(0, os.EFD_NONBLOCK)
@@ -182,16 +207,18 @@ class TokenizerProcess:
         for socket in (self.apis.socket, self.scheduler.socket, self.process.control.socket, self.wake):
             poller.register(socket, zmq.POLLIN)
         while not self.process.stopping:
-            poller.poll(500)
+            poller.poll(0 if self.arrivals else 1 + int(1000 * self.deadlines.wait_s(time.monotonic(), MAX_POLL_S)))
             self.hand_up()
             self.hand_down()
             if self.checks:
                 self.give_up_checks()
+            self.expire()
             if self.unsent:
                 self.tell([])
             self.process.poll_control()
             if self.process.control.due():
                 self.requests.snapshot.live = len(self.requests.live)
+                self.requests.snapshot.queued = len(self.arrivals) + len(self.long) + len(self.aside)
                 self.process.beat(self.requests.snapshot)
         self.encoders.shutdown(wait=False, cancel_futures=True)
         self.checker.shutdown(wait=False, cancel_futures=True)
@@ -199,29 +226,45 @@ class TokenizerProcess:
     # ------------------------------------------------------------------------------------------ down
 
     def hand_down(self) -> None:
-        """Take what the api processes have sent, and what threads are done with."""
+        """Take what the api processes have sent, encode what waits, and take what threads are done with."""
         end_s = time.monotonic() + TURN_S
         while time.monotonic() < end_s and (frame := self.apis.receive(0)) is not None:
             peer, messages = frame
+            if peer not in self.peers:
+                self.peers.add(peer)
+                self.send(peer, [self.queue_state])
             for message in messages:
                 match message:
                     case Generate():
-                        self.generate(peer, message)
+                        self.arrive(peer, message)
                     case Abort(request_id):
                         self.abort(request_id)
+        end_s = time.monotonic() + TURN_S
+        while (arrival := self.arrivals.take()) is not None:
+            self.generate(arrival.peer, arrival.generate)
+            if time.monotonic() >= end_s:
+                break
         # First the mark, then the work: what a thread adds in between wakes the loop once more.
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.wake)
         while self.done:
             self.done.popleft()()
 
-    def generate(self, peer: str, generate: Generate) -> None:
-        """Take a request up; a grammar that is not known is checked first."""
+    def arrive(self, peer: str, generate: Generate) -> None:
+        """Let a request wait for its turn."""
         request_id = generate.request_id
         if (live := self.requests.live.get(request_id)) is not None and generate.epoch <= live.epoch:
             return  # late words of the request's earlier life
-        if live is not None or request_id in self.aside:
-            self.abort(request_id)  # it comes back from the journal: the earlier life is over
+        self.abort(request_id)  # it comes back from the journal: the earlier life is over
+        self.arrivals.add(Arrival(peer, generate))
+        self.deadlines.add(request_id, generate.deadline_s)
+
+    def generate(self, peer: str, generate: Generate) -> None:
+        """Take a request up; a grammar that is not known is checked first."""
+        request_id = generate.request_id
+        if generate.deadline_s is not None and generate.deadline_s <= time.monotonic():
+            self.too_late(peer, request_id)
+            return
         with self.alone(peer, generate):
             asked = self.requests.text_of(generate)
             if asked is not None:
@@ -254,14 +297,33 @@ class TokenizerProcess:
         elif len(asked[0]) < LONG_TEXT:
             self.submit(peer, generate, self.requests.codec.encode(*asked))
         else:
-            future = self.encoders.submit(self.requests.codec.encode, *asked)
-            self.when_done(peer, generate, future, partial(self.submit, peer, generate))
+            self.long.add(Arrival(peer, generate, *asked))
+            self.feed()
+
+    def feed(self) -> None:
+        """Keep the encoders at work on long texts."""
+        while self.num_encoding < NUM_ENCODERS and (arrival := self.long.take()) is not None:
+            assert arrival.text is not None
+            self.num_encoding += 1
+            future = self.encoders.submit(self.requests.codec.encode, arrival.text, arrival.special_tokens)
+            self.when_done(arrival.peer, arrival.generate, future, partial(self.submit, arrival.peer, arrival.generate))
+            future.add_done_callback(lambda _: self.soon(self.encoder_is_free))
+
+    def encoder_is_free(self) -> None:
+        """An encoder is done, or never began."""
+        self.num_encoding -= 1
+        self.feed()
+
+    def soon(self, action: Callable[[], None]) -> None:
+        """Let the loop do something; called by threads."""
+        self.done.append(action)
+        os.eventfd_write(self.wake, 1)
 
     def when_done(self, peer: str, generate: Generate, future: Future[T], then: Callable[[T], None]) -> None:
         """The loop goes on, and calls `then` with what the thread gives, unless the request is aborted meanwhile."""
 
         def go_on() -> None:
-            if self.aside.get(generate.request_id) is not future:
+            if not self.awaits(generate.request_id, future):
                 return
             del self.aside[generate.request_id]
             with self.alone(peer, generate):
@@ -269,17 +331,20 @@ class TokenizerProcess:
 
         def finished(future: Future[T]) -> None:
             if not future.cancelled():
-                self.done.append(go_on)
-                os.eventfd_write(self.wake, 1)
+                self.soon(go_on)
 
-        self.aside[generate.request_id] = future
+        self.aside[generate.request_id] = (peer, future)
         future.add_done_callback(finished)
+
+    def awaits(self, request_id: str, future: Future[Any]) -> bool:
+        """Whether a request still waits for what a thread does."""
+        return request_id in self.aside and self.aside[request_id][1] is future
 
     def give_up_checks(self) -> None:
         """Refuse what has taken too long to check: counts of work bound the library, and this what they might miss."""
         while self.checks and (self.checks[0][3].done() or self.checks[0][0] <= time.monotonic()):
             _, peer, request_id, future = self.checks.popleft()
-            if self.aside.get(request_id) is not future or future.done():
+            if not self.awaits(request_id, future) or future.done():
                 continue  # aborted, or on its way
             del self.aside[request_id]
             if future.cancel():  # it has not begun
@@ -305,10 +370,30 @@ class TokenizerProcess:
 
     def abort(self, request_id: str) -> None:
         """The client went away."""
-        if (future := self.aside.pop(request_id, None)) is not None:
-            future.cancel()
+        self.forget(request_id)
         if self.requests.live.pop(request_id, None) is not None:
             self.tell([Abort(request_id)])
+
+    def forget(self, request_id: str) -> str | None:
+        """Drop a request that is not tokenized yet; returns the api process that sent it."""
+        if (arrival := self.arrivals.discard(request_id) or self.long.discard(request_id)) is not None:
+            return arrival.peer
+        peer, future = self.aside.pop(request_id, (None, None))
+        if future is not None:
+            future.cancel()
+        return peer
+
+    def expire(self) -> None:
+        """End requests whose deadline passed before they were tokenized; after that the scheduler does."""
+        for request_id in self.deadlines.expired(time.monotonic()):
+            if (peer := self.forget(request_id)) is not None:
+                self.too_late(peer, request_id)
+
+    def too_late(self, peer: str, request_id: str) -> None:
+        """The ending of a request whose deadline has passed."""
+        self.requests.snapshot.expired += 1
+        text = "the request's deadline passed before its prompt was tokenized"
+        self.send(peer, [Failed(request_id, "deadline_exceeded", text)])
 
     def tell(self, messages: Sequence[Stop | Abort]) -> None:
         """Send to the scheduler what may not be lost; while it does not read, it is kept."""
@@ -335,6 +420,10 @@ class TokenizerProcess:
                         live = self.requests.live.pop(message.request_id, None)
                         if live is not None:
                             news.setdefault(live.peer, []).append(message)
+                    case QueueState():
+                        self.queue_state = message
+                        for peer in list(self.peers):
+                            news.setdefault(peer, []).append(message)
             if stops:
                 self.tell(stops)
             for peer, messages in news.items():
@@ -377,6 +466,9 @@ class TokenizerProcess:
         try:
             self.apis.send(peer, messages)
         except (PeerGone, ChannelFull):
+            self.peers.discard(peer)
+            for request_id in self.arrivals.sent_by(peer) + self.long.sent_by(peer):
+                self.forget(request_id)
             for request_id in [key for key, live in self.requests.live.items() if live.peer == peer]:
                 self.abort(request_id)
 

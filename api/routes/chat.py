@@ -15,6 +15,7 @@ from api.collect import collect
 from api.engine_client import WHOLE, Event
 from api.logprobs import chat_logprobs, prompt_logprobs
 from api.schema.chat import ChatChoice, ChatCompletion, ChatMessage, ChatRequest, chat_request
+from api.schema.deadline import earliest, header_deadline_s
 from api.schema.usage import usage_of
 from api.service import Service
 from api.sse import EventStream
@@ -33,9 +34,11 @@ async def chat_completions(service: Service, request: Request) -> ASGIApp:
         chat.sampling,
         priority=chat.priority,
         cache_salt=chat.cache_salt,
-        deadline_s=chat.deadline_s,
+        deadline_s=earliest(chat.deadline_s, header_deadline_s(request.headers)),
         want_prompt=chat.return_token_ids,
         delta_tokens=1 if chat.stream else WHOLE,
+        tenant=request.scope.get("key_holder") or "",
+        user=chat.user,
     )
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
     if chat.stream:

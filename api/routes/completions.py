@@ -21,6 +21,7 @@ from api.schema.completions import (
     CompletionRequest,
     completion_request,
 )
+from api.schema.deadline import earliest, header_deadline_s
 from api.schema.usage import usage_of
 from api.service import Service
 from api.sse import EventStream
@@ -39,9 +40,11 @@ async def completions(service: Service, request: Request) -> ASGIApp:
         asked.sampling,
         priority=asked.priority,
         cache_salt=asked.cache_salt,
-        deadline_s=asked.deadline_s,
+        deadline_s=earliest(asked.deadline_s, header_deadline_s(request.headers)),
         want_prompt=asked.echo or asked.return_token_ids,
         delta_tokens=1 if asked.stream else WHOLE,
+        tenant=request.scope.get("key_holder") or "",
+        user=asked.user,
     )
     answer_id = f"cmpl-{uuid.uuid4().hex}"
     if asked.stream:

@@ -7,7 +7,14 @@ from typing import Any
 import msgspec
 
 from api.schema.parse import check_unsupported, explain, parse
-from api.schema.sampling import NEUTRAL, GenerationFields, check_common, deadline_s, sampling_params
+from api.schema.sampling import (
+    NEUTRAL,
+    GenerationFields,
+    check_common,
+    fields_deadline_s,
+    sampling_params,
+    user_of,
+)
 from api.schema.usage import Usage
 from api.served import ServedModel
 from core.errors import QuireError
@@ -112,6 +119,7 @@ class ChatRequest(msgspec.Struct, frozen=True):
     priority: int
     cache_salt: str
     deadline_s: float | None
+    user: str
 
 
 class TopLogprob(msgspec.Struct):
@@ -173,7 +181,8 @@ def chat_request(body: bytes, model: ServedModel, *, strict_fields: bool) -> Cha
         return_token_ids=bool(fields.return_token_ids),
         priority=fields.priority or 0,
         cache_salt=fields.cache_salt or "",
-        deadline_s=deadline_s(fields.timeout_s),
+        deadline_s=fields_deadline_s(fields),
+        user=user_of(fields),
     )
 
 

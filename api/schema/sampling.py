@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
+from api.schema.deadline import deadline_s, earliest
 from api.schema.structured import StructuredFields, structured_outputs
 from api.served import ServedModel
 from core.errors import QuireError
@@ -53,7 +54,8 @@ class GenerationFields(StructuredFields, kw_only=True):
     return_token_ids: bool | None = None
     priority: int | None = None
     cache_salt: str | None = None
-    timeout_s: float | None = None  # the request's own deadline, from its arrival
+    timeout: float | None = None  # seconds from the request's arrival to its deadline
+    timeout_s: float | None = None  # the same
 
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -85,7 +87,7 @@ _SAME_NAME = (
 )
 _MAX_PRIORITY = 2**31
 _MAX_SALT_CHARS = 256
-_MAX_TIMEOUT_S = 1e9
+_MAX_USER_CHARS = 64
 
 
 def sampling_params(
@@ -128,13 +130,21 @@ def check_common(fields: GenerationFields) -> None:
         raise QuireError("invalid_value", f"cache_salt is longer than {_MAX_SALT_CHARS} characters", "cache_salt")
 
 
-def deadline_s(timeout_s: float | None) -> float | None:
-    """The monotonic time at which a request that may take `timeout_s` ends."""
-    if timeout_s is None:
-        return None
-    if not 0 < timeout_s < _MAX_TIMEOUT_S:
-        raise QuireError("invalid_value", f"timeout_s: {timeout_s!r} must be above 0", "timeout_s")
-    return time.monotonic() + timeout_s
+def fields_deadline_s(fields: GenerationFields) -> float | None:
+    """The deadline that the body sets. Raises QuireError("invalid_value")."""
+    return earliest(deadline_s(fields.timeout, "timeout"), deadline_s(fields.timeout_s))
+
+
+def user_of(fields: GenerationFields) -> str:
+    """Which of the key's users asks: whose share of it this is. A long name by its hash."""
+    return short_name(fields.user or fields.safety_identifier or "")
+
+
+def short_name(name: str) -> str:
+    """A name that is kept while requests wait, so it must be short."""
+    if len(name) <= _MAX_USER_CHARS:
+        return name
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def _logit_bias(bias: dict[str, float]) -> dict[int, float]:

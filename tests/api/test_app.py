@@ -13,6 +13,7 @@ import httpx
 import msgspec
 import pytest
 
+from api.keys import Keys
 from core.messages import ChatPrompt, StatsReply, TokensPrompt
 from core.stats import EngineSnapshot
 from quire import SamplingParams
@@ -347,6 +348,9 @@ BAD = [
     ({"continue_final_message": True}, 400, "continue_final_message", "invalid_value"),
     ({"priority": 2**40}, 400, "priority", "invalid_value"),
     ({"timeout_s": -1}, 400, "timeout_s", "invalid_value"),
+    ({"timeout": 0}, 400, "timeout", "invalid_value"),
+    ({"timeout": 86_401}, 400, "timeout", "invalid_value"),
+    ({"timeout": "1"}, 400, "timeout", "invalid_type"),
 ]
 
 
@@ -357,7 +361,7 @@ def assert_error(answer: httpx.Response, status: int, param: str | None, code: s
     assert list(answer.json()) == ["error"]
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    kind = {429: "rate_limit_error", 500: "server_error"}.get(status, "invalid_request_error")
+    kind = {429: "rate_limit_error", 500: "server_error", 504: "timeout_error"}.get(status, "invalid_request_error")
     assert (error["type"], error["param"], error["code"]) == (kind, param, code)
     assert 5 < len(error["message"]) < 400
     return str(error["message"])
@@ -550,6 +554,68 @@ def test_a_deadline_is_passed_on(url: str, tokenizer: FakeTokenizer) -> None:
     deadline_s = tokenizer.requests[-1].deadline_s
     assert deadline_s is not None
     assert 25 < deadline_s - time.monotonic() < 30
+
+
+@pytest.mark.parametrize(
+    ("fields", "header", "least"),
+    [({"timeout": 20}, None, 20), ({"timeout": 40, "timeout_s": 30}, "20", 20), ({"timeout": 30}, "50.5", 30)],
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_the_shortest_timeout_counts(
+    url: str, tokenizer: FakeTokenizer, path: str, fields: dict[str, Any], header: str | None, least: int
+) -> None:
+    headers = {} if header is None else {"x-request-timeout-s": header}
+    asked = {"prompt": "a"} if path == "/v1/completions" else {"messages": USER}
+    assert post(url, path, {**asked, **fields}, headers=headers).status_code == 200
+    deadline_s = tokenizer.requests[-1].deadline_s
+    assert deadline_s is not None
+    assert least - 5 < deadline_s - time.monotonic() < least
+
+
+@pytest.mark.parametrize("value", ["", "soon", "nan", "inf", "0", "-1", "1e9"])
+def test_a_bad_timeout_header(url: str, value: str) -> None:
+    answer = post(url, "/v1/completions", {"prompt": "a"}, headers={"x-request-timeout-s": value})
+    assert_error(answer, 400, "x-request-timeout-s", "invalid_value")
+
+
+def test_a_deadline_ends_what_nobody_else_ends(url: str, tokenizer: FakeTokenizer) -> None:
+    before = len(tokenizer.aborted)
+    answer = post(url, "/v1/completions", {"prompt": "hang", "timeout": 0.05})
+    assert_error(answer, 504, None, "deadline_exceeded")
+    tokenizer.wait_for_abort(before + 1)
+    answer = post(url, "/v1/completions", {"prompt": "hang", "timeout": 0.05, "stream": True})
+    assert answer.status_code in (200, 504)  # 504 where it had not begun
+
+
+def test_a_deadline_in_a_stream_is_an_event(url: str, tokenizer: FakeTokenizer) -> None:
+    before = len(tokenizer.aborted)
+    answer = post(url, "/v1/completions", {"prompt": "hang", "timeout": 0.6, "stream": True})
+    assert answer.status_code == 200
+    last = [part for part in answer.text.split("\n\n") if part][-1]
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert (error["type"], error["code"]) == ("timeout_error", "deadline_exceeded")
+    tokenizer.wait_for_abort(before + 1)
+
+
+def test_whose_request_it_is(url: str, tokenizer: FakeTokenizer) -> None:
+    for fields, user in (
+        ({"user": "ada"}, "ada"),
+        ({"safety_identifier": "eve"}, "eve"),
+        ({}, ""),
+    ):
+        assert post(url, "/v1/completions", {"prompt": "a", **fields}).status_code == 200
+        assert (tokenizer.requests[-1].tenant, tokenizer.requests[-1].user) == ("", user)
+    assert post(url, "/v1/completions", {"prompt": "a", "user": "ü" * 5000}).status_code == 200
+    assert len(tokenizer.requests[-1].user) == 32
+
+
+def test_the_keys_holder_is_the_tenant(folder: Path) -> None:
+    with doors(folder, keys=Keys(["sk-1"])) as (running, tokenizer):
+        for path, asked in (("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", {"messages": USER})):
+            body = {**asked, "user": "ada"}
+            assert post(running.url, path, body, headers={"authorization": "Bearer sk-1"}).status_code == 200
+            assert tokenizer.requests[-1].tenant.startswith("key-")
+            assert tokenizer.requests[-1].user == "ada"
 
 
 def test_queue_full(url: str) -> None:

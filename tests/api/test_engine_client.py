@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import zmq
 
 from api.engine_client import ClientGone, EngineClient
 from api.journal import Journal
+from core.admission import Bounds
 from core.channel import Client, Server
 from core.errors import QuireError
 from core.messages import (
@@ -22,6 +24,7 @@ from core.messages import (
     Finished,
     FromTokenizer,
     Generate,
+    QueueState,
     Rejected,
     Started,
     TextPrompt,
@@ -35,12 +38,12 @@ HELLO = TextPrompt("hello")
 class Bench:
     """Two tokenizers' ends of the sockets, and the client between them and the test."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **options: Any) -> None:
         context: zmq.Context[Any] = zmq.Context.instance()
         addresses = [f"ipc://{folder}/tokenizer-{index}" for index in range(2)]
         self.servers: list[Server[Any]] = [Server(context, address, ToTokenizer) for address in addresses]
         self.links: list[Client[Any]] = [Client(context, a, FromTokenizer, name="api-0") for a in addresses]
-        self.client = EngineClient(self.links, "m@1", "p.", max_live=8, max_buffered=10)
+        self.client = EngineClient(self.links, "m@1", "p.", max_live=8, max_buffered=10, **options)
         self.client.start()
 
     async def next(self, index: int = 0) -> Any:
@@ -163,6 +166,62 @@ async def test_limits(bench: Bench) -> None:
     with pytest.raises(QuireError) as caught:
         bench.client.generate([HELLO], SamplingParams())
     assert caught.value.code == "draining"
+
+
+@pytest.fixture
+async def bounded(folder: Path) -> AsyncIterator[Bench]:
+    bench = Bench(folder, bounds=Bounds(max_queued_requests=4, max_queued_tokens=1000, max_concurrent_requests=5))
+    yield bench
+    bench.close()
+
+
+async def told(bench: Bench, state: QueueState) -> None:
+    """Let the client hear how full the house is."""
+    bench.say(state)
+    await asyncio.sleep(0.05)
+
+
+async def test_a_full_house_refuses_early_whoever_has_a_share_of_it(bounded: Bench) -> None:
+    client, bench = bounded.client, bounded
+    noisy = [client.generate([HELLO], SamplingParams(), tenant="noisy") for _ in range(3)]
+    await bench.next(0)
+    await told(bench, QueueState(4, 50, 4, 7))
+    with pytest.raises(QuireError, match="--max-queued-requests is 4") as caught:
+        client.generate([HELLO], SamplingParams(), tenant="noisy")
+    assert (caught.value.code, caught.value.retry_after_s) == ("queue_full", 7)
+    assert client.snapshot().refused == {"max_queued_requests": 1}
+    quiet = client.generate([HELLO], SamplingParams(), tenant="quiet")  # the scheduler decides who gives way
+    await told(bench, QueueState(0, 0, 0))
+    noisy.append(client.generate([HELLO], SamplingParams(), tenant="noisy"))
+    for stream in (*noisy, quiet):
+        stream.close()
+
+
+async def test_the_bound_on_all_requests_is_known_here(bounded: Bench) -> None:
+    streams = [bounded.client.generate([HELLO], SamplingParams()) for _ in range(5)]
+    with pytest.raises(QuireError, match="--max-concurrent-requests is 5"):
+        bounded.client.generate([HELLO], SamplingParams())
+    for stream in streams:
+        stream.close()
+    bounded.client.generate([HELLO], SamplingParams()).close()
+
+
+async def test_a_deadline_that_has_passed_is_not_sent(bench: Bench) -> None:
+    with pytest.raises(QuireError) as caught:
+        bench.client.generate([HELLO], SamplingParams(), deadline_s=time.monotonic() - 1)
+    assert caught.value.code == "deadline_exceeded"
+    await asyncio.sleep(0.02)
+    assert bench.servers[0].receive(0) is None
+
+
+async def test_a_deadline_is_kept_when_nobody_below_keeps_it(bench: Bench) -> None:
+    async with bench.client.generate([HELLO], SamplingParams(), deadline_s=time.monotonic() + 0.05) as stream:
+        await bench.next()
+        with pytest.raises(QuireError) as caught:
+            await anext(stream)
+        assert caught.value.code == "deadline_exceeded"
+    assert await bench.next() == Abort("p.1")
+    assert bench.client.snapshot().expired == 1
 
 
 async def test_requests_of_a_former_life_are_aborted(bench: Bench) -> None:

@@ -339,6 +339,10 @@ def test_a_key_opens_the_door(keyed: Pair, monkeypatch: pytest.MonkeyPatch) -> N
     with Client(keyed[0].address, timeout_s=10, api_key=KEY) as client:
         assert client.generate(None, "abc").text == TEXT
         assert client.stats()["state"] == "ready"
+        client.generate(None, "abc", user="ada")
+    (anonymous, named) = keyed[1].requests
+    assert anonymous.tenant == "alice"
+    assert (anonymous.user, named.user, named.tenant) == ("", "ada", anonymous.tenant)
     monkeypatch.setenv("QUIRE_API_KEY", f" {KEY} ,another")
     with Client(keyed[0].address, timeout_s=10) as client:
         assert client.models()[0]["id"] == "tiny-chat"

@@ -9,8 +9,10 @@ import pytest
 
 from core import meter as module
 from core.messages import Batch, BatchResult, Scheduled, SequenceOutput
-from core.meter import WINDOW, StepMeter
+from core.meter import StepMeter
 from core.stats import EngineSnapshot
+
+NOTHING = SimpleNamespace(dequeued=0, dequeued_tokens=0)
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def ending(reason: str | None) -> SequenceOutput:
 
 def observe(meter: StepMeter, sent_s: float, *reasons: str | None) -> None:
     meter.sent(Batch("m@1", 1, [Scheduled(0, 0, 1, True)], sent_s=sent_s), 1, ())
-    scheduler: Any = SimpleNamespace(requests={}, has=lambda request_id: False)
+    scheduler: Any = SimpleNamespace(requests={}, has=lambda request_id: False, counters=NOTHING, num_waiting=0)
     meter.observe(BatchResult("m@1", 1, [], busy_s=0.25), [ending(reason) for reason in reasons], scheduler)
 
 
@@ -39,36 +41,11 @@ def test_steps_and_busy_time_add_up(clock: SimpleNamespace) -> None:
     assert meter.step.total == pytest.approx(2.1)
 
 
-def test_drain_follows_the_rate_of_endings(clock: SimpleNamespace) -> None:
+def test_refusals_are_counted_by_bound() -> None:
     meter = StepMeter()
-    assert meter.drain_s(500) == 1.0  # nothing is known yet
-    for _ in range(11):
-        observe(meter, clock.now, "stop", None)  # a sequence that goes on is no ending
-        clock.now += 0.5
-    clock.now -= 0.5  # 10 endings after the first, in 5 s
-    assert meter.drain_s(40) == pytest.approx(20.0)
-    assert meter.drain_s(0) == 1.0
-    assert meter.drain_s(10_000) == 60.0
-
-
-def test_drain_slows_down_when_nothing_ends(clock: SimpleNamespace) -> None:
-    meter = StepMeter()
-    observe(meter, clock.now, "stop")
-    clock.now += 1
-    observe(meter, clock.now, "length")
-    assert meter.drain_s(10) == pytest.approx(10.0)
-    clock.now += 4
-    assert meter.drain_s(10) == pytest.approx(50.0)
-
-
-def test_only_the_last_endings_count(clock: SimpleNamespace) -> None:
-    meter = StepMeter()
-    observe(meter, clock.now, *["stop"] * 10)
-    clock.now += 10_000
-    for _ in range(WINDOW):
-        clock.now += 0.1
-        observe(meter, clock.now, "stop")
-    assert meter.drain_s(100) == pytest.approx(10.0, rel=0.01)
+    for bound in ("max_queued_tokens", "max_queued_requests", "max_queued_tokens"):
+        meter.refuse(bound)
+    assert meter.refused == {"max_queued_tokens": 2, "max_queued_requests": 1}
 
 
 def test_snapshot_gathers_pools_and_counters() -> None:
@@ -84,20 +61,22 @@ def test_snapshot_gathers_pools_and_counters() -> None:
         running=[object()] * 3,
         num_waiting=4,
         waiting_by=lambda: {"rows": 4},
+        queued_tokens=900,
     )
     meter = StepMeter()
     meter.worker_restarts = 2
     snapshot = meter.snapshot(cast("Any", scheduler))
     assert isinstance(snapshot, EngineSnapshot)
     assert (snapshot.running, snapshot.waiting, snapshot.worker_restarts) == (3, 4, 2)
+    assert snapshot.queued_tokens == 900
     assert (snapshot.kv_blocks_total, snapshot.kv_blocks_used, snapshot.kv_blocks_cached) == (150, 30, 20)
     assert {name: getattr(snapshot, name) for name in counters} == counters
 
 
 def test_idle_counts_only_while_there_was_work(clock: SimpleNamespace) -> None:
     meter = StepMeter()
-    busy: Any = SimpleNamespace(requests={"r": 1}, has=lambda request_id: True)
-    rest: Any = SimpleNamespace(requests={}, has=lambda request_id: False)
+    busy: Any = SimpleNamespace(requests={"r": 1}, has=lambda request_id: True, counters=NOTHING, num_waiting=0)
+    rest: Any = SimpleNamespace(requests={}, has=lambda request_id: False, counters=NOTHING, num_waiting=0)
     meter.admitted("r", 999.0, after_rest=True)
     clock.now = 1000.3  # 0.1 s until it was sent, then 0.2 s of device time
     meter.sent(Batch("m@1", 1, [Scheduled(0, 0, 5, True)], sent_s=1000.1), 5, ["r"])

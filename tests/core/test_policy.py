@@ -12,8 +12,8 @@ from core.request import Request, Sequence
 from quire import SamplingParams
 
 
-def sequence(priority: int, arrival: int, num_scheduled: int, choice: int = 0) -> Sequence:
-    submit = Submit(f"r{arrival}", "engine", [], SamplingParams(max_tokens=10))
+def sequence(priority: int, arrival: int, num_scheduled: int, choice: int = 0, tenant: str = "") -> Sequence:
+    submit = Submit(f"r{arrival}", "engine", [], SamplingParams(max_tokens=10), tenant=tenant)
     request = Request(submit, [1, 2, 3], b"", 10, frozenset())
     made = Sequence(request, choice, [], order(priority, arrival, choice))
     made.num_scheduled = num_scheduled
@@ -72,6 +72,13 @@ def test_a_step_never_exceeds_its_limit(decodes: int, backlog: int, ideal: int, 
 def test_victim_is_the_least_important() -> None:
     urgent, normal, late = sequence(-5, 0, 10), sequence(0, 1, 10), sequence(7, 2, 9000)
     assert victim([urgent, late, normal]) is late  # however much it costs
+
+
+def test_importance_protects_from_no_other_key() -> None:
+    loud = [sequence(-1000, 5, 30, tenant="loud"), sequence(-1001, 6, 20, tenant="loud")]
+    plain = [sequence(9, 1, 300, tenant="plain"), sequence(8, 2, 200, tenant="plain")]
+    assert victim([*plain, *loud]) is loud[0]  # the less important one of the key with the cheapest
+    assert victim([*plain, loud[0], sequence(0, 7, 10, tenant="plain")]) is plain[0]
 
 
 def test_victim_is_the_cheapest_among_equals() -> None:

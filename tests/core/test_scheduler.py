@@ -13,6 +13,7 @@ import random
 from collections import deque
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -236,7 +237,14 @@ def submit(number: int, rng: random.Random) -> Submit:
         prompt_logprobs=0 if rng.random() < 0.2 else None,
     )
     return Submit(
-        f"r{number}", "", [TokenSegment(ids)], sampling, [EOS] if rng.random() < 0.7 else [], rng.choice([0, 0, 1])
+        f"r{number}",
+        "",
+        [TokenSegment(ids)],
+        sampling,
+        [EOS] if rng.random() < 0.7 else [],
+        rng.choice([0, 0, 1]),
+        tenant=rng.choice("ab"),
+        user=rng.choice("xy"),
     )
 
 
@@ -354,6 +362,82 @@ def test_priority_goes_first() -> None:
     assert running.request.submit.request_id == "r2"
     assert running.state is State.RUNNING
     harness.finish()
+
+
+def test_a_tenant_with_much_waiting_delays_another_by_one_turn() -> None:
+    harness = Harness(SPECS[0], num_blocks=60, block_size=4, rows=2, tokens=64, caching=True)
+
+    def ask(name: str, tenant: str) -> Submit:
+        return Submit(name, "", [TokenSegment([1, 2])], SamplingParams(max_tokens=3), tenant=tenant)
+
+    for i in range(200):
+        harness.add(ask(f"noisy{i}", "noisy"))
+    for _ in range(20):
+        while harness.send():
+            pass
+        harness.answer()
+    harness.add(ask("quiet", "quiet"))
+    begun = len(harness.got)
+    while ("quiet", 0) not in harness.got:
+        while harness.send():
+            pass
+        harness.answer()
+    assert len(harness.got) - begun <= 4  # the two that ran, one that had its turn, and this one
+    harness.finish()
+
+
+def test_shares_are_of_what_was_really_generated() -> None:
+    """One tenant always asks for 40 tokens and mostly ends sooner, the other takes all of the 10 that it asks for."""
+    harness = Harness(SPECS[0], num_blocks=200, block_size=4, rows=2, tokens=64, caching=False)
+    for i in range(300):
+        sampling = SamplingParams(max_tokens=40, seed=i)
+        harness.add(Submit(f"sooner{i}", "", [TokenSegment([1])], sampling, [EOS], tenant="sooner"))
+        sampling = SamplingParams(max_tokens=10, seed=i)
+        harness.add(Submit(f"all{i}", "", [TokenSegment([1])], sampling, tenant="all"))
+    while harness.scheduler.num_waiting > 300:
+        while harness.send():
+            pass
+        harness.answer()
+    tokens = {"sooner": 0, "all": 0}
+    for (request_id, _), ids in harness.got.items():
+        tokens[request_id.rstrip("0123456789")] += 1 + len(ids)
+    assert 0.75 < tokens["sooner"] / tokens["all"] < 1.33, tokens
+    harness.finish()
+
+
+def test_who_gives_way_has_not_begun() -> None:
+    """A resumed request whose client has heard something keeps its place, whatever waits."""
+    from core.messages import ChoiceProgress
+
+    harness = Harness(SPECS[0], num_blocks=40, block_size=4, rows=1, tokens=64, caching=True)
+    scheduler = harness.scheduler
+    heard = Submit("heard", "", [TokenSegment([1])], SamplingParams(n=2, max_tokens=9), tenant="a", epoch=1)
+    scheduler.add(msgspec.structs.replace(heard, resume=[ChoiceProgress(0, []), ChoiceProgress(1, [5])]))
+    newcomer = Submit("new", "", [TokenSegment([1])], SamplingParams(), tenant="b")
+    assert scheduler.surplus(newcomer) is None
+    for name in ("one", "two"):
+        scheduler.add(Submit(name, "", [TokenSegment([1] * 5)], SamplingParams(max_tokens=5), tenant="a"))
+    assert (scheduler.num_waiting, scheduler.queued_tokens) == (4, 10)
+    assert [scheduler.has_begun(name) for name in ("heard", "one", "unknown")] == [True, False, False]
+    assert scheduler.surplus(newcomer) == "two"
+    assert scheduler.abort("two")
+    assert scheduler.surplus(newcomer, 1) == "one"
+    harness.send()
+    assert scheduler.running[0].request.submit.request_id == "heard"
+
+
+def test_a_choice_that_waits_while_another_runs_does_not_give_way() -> None:
+    from core.messages import ChoiceProgress
+
+    harness = Harness(SPECS[0], num_blocks=40, block_size=4, rows=1, tokens=64, caching=True)
+    resumed = Submit("r", "", [TokenSegment([1])], SamplingParams(n=3, max_tokens=9), tenant="a", epoch=1)
+    progress = [ChoiceProgress(choice, []) for choice in range(3)]
+    harness.scheduler.add(msgspec.structs.replace(resumed, resume=progress))
+    newcomer = Submit("new", "", [TokenSegment([1])], SamplingParams(), tenant="b")
+    assert harness.scheduler.surplus(newcomer) == "r"
+    harness.send()
+    assert (len(harness.scheduler.running), harness.scheduler.num_waiting) == (1, 2)
+    assert harness.scheduler.surplus(newcomer) is None
 
 
 @pytest.mark.parametrize("decodes", [0, 1, 64, 512])

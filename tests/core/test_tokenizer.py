@@ -32,6 +32,7 @@ from core.messages import (
     Heartbeat,
     Hello,
     Prompt,
+    QueueState,
     Ready,
     Rejected,
     SequenceOutput,
@@ -67,6 +68,7 @@ class Api:
         )
         self.frames: list[list[Any]] = []
         self.unread: list[Any] = []
+        self.states: list[QueueState] = []
 
     def send(self, *messages: Any) -> None:
         self.client.send(list(messages))
@@ -76,8 +78,10 @@ class Api:
         while not self.unread:
             frame = self.client.receive(WAIT_S)
             assert frame is not None, f"no {kind.__name__}"
-            self.frames.append(frame)
-            self.unread += frame
+            self.states += [message for message in frame if isinstance(message, QueueState)]
+            if frame != [*self.states[-1:]]:
+                self.frames.append(frame)
+            self.unread += [message for message in frame if not isinstance(message, QueueState)]
         message = self.unread.pop(0)
         assert isinstance(message, kind), message
         assert request_id in (None, message.request_id)  # type: ignore[attr-defined]
@@ -85,7 +89,7 @@ class Api:
 
     def quiet(self) -> bool:
         """Whether nothing has come that was not taken."""
-        return not self.unread and self.client.receive(0.1) is None
+        return not self.unread and all(isinstance(message, QueueState) for message in self.client.receive(0.1) or [])
 
 
 class Around:
@@ -195,7 +199,14 @@ def test_it_starts_without_torch_or_transformers(around: Around) -> None:
 def test_a_text_goes_down_and_comes_back(around: Around, codec: TextCodec) -> None:
     api = around.api()
     salted = generate(
-        "r", TextPrompt("Hello world"), SamplingParams(seed=7), cache_salt="s", priority=2, deadline_s=9.0
+        "r",
+        TextPrompt("Hello world"),
+        SamplingParams(seed=7),
+        cache_salt="s",
+        priority=2,
+        deadline_s=1e9,
+        tenant="key",
+        user="ada",
     )
     api.send(salted)
     ids = codec.encode("Hello world", True)
@@ -204,7 +215,8 @@ def test_a_text_goes_down_and_comes_back(around: Around, codec: TextCodec) -> No
     assert [segment.ids for segment in submit.segments] == [ids]
     assert submit.sampling.max_tokens == MODEL.max_model_len - len(ids)
     assert (submit.sampling.seed, submit.eos_ids, submit.cache_keys) == (7, MODEL.eos_ids, ["salt", "s"])
-    assert (submit.engine, submit.priority, submit.deadline_s) == (MODEL.engine, 2, 9.0)
+    assert (submit.engine, submit.priority, submit.deadline_s) == (MODEL.engine, 2, 1e9)
+    assert (submit.tenant, submit.user) == ("key", "ada")
     answer = codec.encode("grüße 日本", False)
     text = ""
     for i, token in enumerate(answer):
@@ -388,13 +400,55 @@ def test_long_texts_do_not_hold_up_a_stream(around: Around, codec: TextCodec) ->
     around.step(out("stream", [100]))
     api.take(Delta, "stream")
     answered = 0
-    while other.client.receive(0) is not None:
-        answered += 1
+    while (frame := other.client.receive(0)) is not None:
+        answered += sum(isinstance(message, Rejected) for message in frame)
     assert answered < 10  # the stream did not wait for them
     for _ in range(10 - answered):
         assert other.take(Rejected).code == "context_length_exceeded"
     api.send(Abort("stream"))
     assert around.told(Abort).request_id == "stream"
+
+
+def test_a_flood_of_one_tenant_is_tokenized_between_the_others_prompts(around: Around) -> None:
+    text = "a b c d " * 250  # some of it waits whenever the other's prompt comes
+    flood = [generate(f"flood{i}", TextPrompt(text), tenant="noisy") for i in range(400)]
+    around.api().send(*flood)
+    around.api().send(generate("other", TextPrompt("hi"), tenant="quiet"))
+    order = [around.told(Submit).request_id for _ in range(401)]
+    assert set(order) == {"other", *(item.request_id for item in flood)}
+    assert order.index("other") < 300
+    assert [name for name in order if name != "other"] == [item.request_id for item in flood]
+    for name in order:
+        around.api().take(Started)
+        around.api().send(Abort(name))
+        around.told(Abort)
+
+
+def test_a_deadline_that_passes_before_the_prompt_is_tokenized(around: Around) -> None:
+    before = around.snapshot().expired
+    around.api().send(generate("late", TextPrompt("hi"), deadline_s=time.monotonic() - 1))
+    assert around.api().take(Failed, "late").code == "deadline_exceeded"
+    text = "a b c d " * 12_000
+    assert len(text) > LONG_TEXT
+    soon = time.monotonic() + 0.01
+    around.api().send(*(generate(f"behind{i}", TextPrompt(text), deadline_s=soon) for i in range(30)))
+    endings = [around.api().take(Rejected | Failed).code for _ in range(30)]  # type: ignore[arg-type]
+    assert set(endings) <= {"deadline_exceeded", "context_length_exceeded"}
+    assert endings.count("deadline_exceeded") >= 10
+    assert around.snapshot().expired == before + 1 + endings.count("deadline_exceeded")
+
+
+def test_how_full_the_house_is_reaches_every_api_process(around: Around) -> None:
+    for name in ("api-0", "api-2"):
+        around.api(name).send(generate("x", TokensPrompt([-1])))
+        around.api(name).take(Rejected)
+    assert around.api("api-2").states == [QueueState(0, 0, 0)]  # it was new
+    state = QueueState(5, 600, 7, 3)
+    around.scheduler.send("tokenizer-0", [state])
+    for name in ("api-0", "api-2"):
+        around.api(name).send(generate("x", TokensPrompt([-1])))
+        around.api(name).take(Rejected)
+        assert around.api(name).states[-1] == state
 
 
 def test_a_long_text_that_fits(around: Around, codec: TextCodec) -> None:
