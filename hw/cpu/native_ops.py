@@ -41,7 +41,7 @@ class NativeOps(CpuOps):
         """The weight in bfloat16 when that loses nothing, as for every checkpoint that is stored so; else None."""
         known = self._halves.get(id(weight))
         if known is None or known[0] is not weight:
-            half = weight.bfloat16()
+            half = weight.bfloat16().contiguous()
             exact = weight.shape[0] % 4 == 0 and bool((half.float() == weight).all())
             known = self._halves[id(weight)] = (weight, half if exact else None)
         return known[1]

@@ -19,6 +19,9 @@ class Plain:
         """Every shape will do."""
 
     def pack(self, weight: torch.Tensor) -> Packed:
+        if weight.device.type == "cpu" and weight.dtype == torch.float32:
+            # Inputs innermost cost MKL a quarter more time at 16 rows: the same [n, k], the other way round in memory.
+            return (weight.t().contiguous().t(),)
         return (weight,)
 
     def apply(self, ops: Ops, x: Activation, packed: Packed, bias: torch.Tensor | None) -> Activation:

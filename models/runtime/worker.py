@@ -163,6 +163,10 @@ def make_runner(process: Process) -> tuple[StepRunner, dict[str, float]]:
         return NullRunner(process.config, process.model), {}
     # torch is heavy, and the null device does without: importing it is the first phase of a real worker's start.
     begin_s = time.monotonic()
+    # Read when torch is loaded. Compute threads wait for each other without pause, by default for milliseconds: where
+    # another process has one's core, each of hundreds of waits in a step then lasts that long (measured: 6 to 40 times
+    # slower). This long, some microseconds, costs nothing on an idle machine.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     from models.runtime.build import build_runner
 
     phases = {"import": time.monotonic() - begin_s}
