@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
 
 from hw.cpu.ops import CpuOps
 from hw.ops import ActFormat, Activation, LayerCache, StepInputs
 
-MAX_ROWS = 64  # above, torch's threads win
+MAX_ROWS = 256  # above, torch's threads win
+MAX_KEYS = 1 << 15  # keys of all tokens together: above, the library's one query at a time loses to torch's tiles
 SPLIT_KEYS = 2048  # keys times heads from which attention is shared among threads; below, waking them costs more
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """A step's tokens, each as a query of its own: a prompt's chunk is as many decodes of growing length.
+
+    rows, lens: [tokens] int32, the state row and the keys that a token sees (before a window); num_keys: their sum.
+    """
+
+    inputs: StepInputs
+    rows: torch.Tensor
+    lens: torch.Tensor
+    num_keys: int
+
+    @staticmethod
+    def of(inputs: StepInputs) -> Queries:
+        """Of a step without padding."""
+        if inputs.max_query == 1:
+            return Queries(inputs, inputs.rows, inputs.seq_lens, sum(inputs.host.seq_lens))
+        lens = inputs.positions + 1
+        rows = torch.repeat_interleave(inputs.rows, inputs.query_start.diff())
+        return Queries(inputs, rows, lens, int(lens.sum()))
 
 
 class NativeOps(CpuOps):
@@ -24,6 +48,7 @@ class NativeOps(CpuOps):
         # and waiting for a thread that they hold up costs more than half of the product saves.
         self._product_threads = num_threads if num_threads > 2 else 1
         # Weights never change once they are loaded. The copy is made at a weight's first use, which is a warm-up's.
+        self._queries: Queries | None = None
         self._halves: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def linear(self, x: Activation, weight: torch.Tensor, bias: torch.Tensor | None) -> Activation:
@@ -124,28 +149,30 @@ class NativeOps(CpuOps):
         self, q: torch.Tensor, cache: LayerCache, inputs: StepInputs, scale: float, window: int | None, out: ActFormat
     ) -> Activation:
         tables = inputs.groups[cache.group].block_tables
-        only_decodes = inputs.num_decodes == inputs.num_seqs == q.shape[0]
         if not (
-            only_decodes
+            inputs.num_tokens == q.shape[0]
             and _native(q)
             and cache.k.dtype is torch.float32
             and tables.is_contiguous()
             and tables.dtype == torch.int32
         ):
             return super().attention(q, cache, inputs, scale, window, out)
+        queries = self._queries_of(inputs)
+        if queries.num_keys > MAX_KEYS and inputs.max_query > 1:
+            return super().attention(q, cache, inputs, scale, window, out)
         tokens, num_heads, head_dim = q.shape
         num_kv_heads = cache.k.shape[1]
         result = q.new_empty(tokens, num_heads * head_dim)
         longest = max(inputs.host.seq_lens)
-        threads = 1 if sum(inputs.host.seq_lens) * num_heads < SPLIT_KEYS else self._num_threads
+        threads = 1 if queries.num_keys * num_heads < SPLIT_KEYS else self._num_threads
         scores = q.new_empty(threads, longest)
         self._library.decode_attention(
             q.data_ptr(),
             cache.k.data_ptr(),
             cache.v.data_ptr(),
             tables.data_ptr(),
-            inputs.rows.data_ptr(),
-            inputs.seq_lens.data_ptr(),
+            queries.rows.data_ptr(),
+            queries.lens.data_ptr(),
             result.data_ptr(),
             scores.data_ptr(),
             tokens,
@@ -160,6 +187,12 @@ class NativeOps(CpuOps):
             scale,
         )
         return result
+
+    def _queries_of(self, inputs: StepInputs) -> Queries:
+        """The step's Queries; all layers of a step ask for the same."""
+        if self._queries is None or self._queries.inputs is not inputs:
+            self._queries = Queries.of(inputs)
+        return self._queries
 
 
 def _native(x: torch.Tensor) -> bool:
