@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from hw.quant.none import Plain
 from models.layers.parts import Parts
+
+MAX_COPY = 64 << 20  # bytes of a table of which a CPU keeps a second form, for products; embedding needs whole rows
 
 
 class VocabTable:
@@ -60,10 +63,14 @@ class Head:
     def __init__(self, parts: Parts, table: VocabTable) -> None:
         self._parts = parts
         self._table = table
+        self._weight: torch.Tensor | None = None
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         comm = self._parts.comm
-        logits: torch.Tensor = self._parts.backend.ops.linear(hidden, self._table.table, None)
+        if self._weight is None:  # the table is loaded by now
+            table = self._table.table
+            self._weight = Plain().pack(table)[0] if table.nbytes <= MAX_COPY else table
+        logits: torch.Tensor = self._parts.backend.ops.linear(hidden, self._weight, None)
         if comm.size > 1:
             logits = comm.all_gather(logits)[:, : self._table.vocab_size]
         return logits
