@@ -27,9 +27,9 @@ def test_errors_on_the_half_that_was_not_fitted(measured: Measured) -> None:
     """Bounds are what today's fit reaches, with a little room: a worse model of the step must not pass unseen."""
     found = Efficiency.fit(measured.half(True))
     rates, firsts = summary(found.step_errors(measured.half(False))), summary(found.ttft_errors(measured.half(False)))
-    assert rates.mean < 0.10
-    assert rates.largest < 0.22
-    assert firsts.mean < 0.40
+    assert rates.mean < 0.05
+    assert rates.largest < 0.10
+    assert firsts.mean < 0.65  # three loads were measured before prompts were spread over steps
 
 
 def test_the_other_half_gives_a_similar_fit(measured: Measured) -> None:
