@@ -10,6 +10,8 @@ import triton.language as tl
 from hw.cuda.product import SCALE_GROUP, SMALL_STEP, Fp8, Product, launch_options, sum_parts
 from hw.cuda.target import FP8, FP8_MAX, launch_next, to_fp8, wait
 
+ONE_EACH = 132  # multiprocessors of an H200: with more rows, each takes several
+
 
 @triton.jit(do_not_specialize=["rows"])
 def silu_mul_kernel(
@@ -73,9 +75,9 @@ def silu_mul(x: torch.Tensor | Product, *, fp8: bool, pdl: bool = False) -> torc
         scale = torch.empty((width // group, rows), dtype=torch.float32, device=device)
     elif fp8:
         block = whole
-        warps = min(32 if rows > 132 else 16, max(1, block // 512))
+        warps = min(32 if rows > ONE_EACH else 16, max(1, block // 512))
         if block <= 16384:  # then the scales of several rows' columns fit into registers
-            rows_each = 1 if rows <= 132 else 2 if rows <= 1024 else 8
+            rows_each = 1 if rows <= ONE_EACH else 2 if rows <= 1024 else 8
         scale = torch.empty(rows, dtype=torch.float32, device=device)
     silu_mul_kernel[(triton.cdiv(rows, rows_each), triton.cdiv(width, block))](
         *product.pointers(), out, product.values if scale is None else scale, rows, width, **product.flags(),

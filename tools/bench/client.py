@@ -169,7 +169,7 @@ class _Exchange:
         if self.answer.status != 200:
             return
         # A separator may be cut within itself: "\r" stays at the end and meets its "\n" the next time.
-        if not self._rest.startswith(b"data:") and self._rest.startswith(b"{"):
+        if self._rest.startswith(b"{"):
             return  # an answer that is not streamed
         *events, self._rest = self._rest.replace(b"\r\n", b"\n").split(b"\n\n")
         for event in events:

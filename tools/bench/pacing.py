@@ -1,7 +1,7 @@
 """`quire bench pacing`: pacing policies on a simulated clock; the real Scheduler, and a model of how long a step takes.
 
-What the table says is as good as the step model. Its defaults were fitted to ten steps measured on an H200 that serves
-an 8B model in FP8 (tools/bench/RESULTS.md), and meet them within 10 %.
+What the table says is as good as the step model. Its defaults were fitted to eleven steps measured on an H200 that serves
+an 8B model in FP8 (tools/bench/RESULTS.md, with the output layer), and meet them within 5 %.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Budget = Callable[[int, int, float], int]
 class StepModel:
     """Seconds of a step from what is in it: products by the token, attention by the cached token that is read."""
 
-    base_s: float = 2.73e-3
-    token_s: float = 6.0e-6  # each token
-    beyond_s: float = 5.2e-6  # each token beyond `knee`, in addition
-    context_s: float = 21.4e-9  # each token of context, summed over the sequences of the step
-    knee: int = 160
+    base_s: float = 2.765e-3
+    token_s: float = 9.36e-6  # each token
+    beyond_s: float = 3.45e-6  # each token beyond `knee`, in addition
+    context_s: float = 20.4e-9  # each token of context, summed over the sequences of the step
+    knee: int = 250
 
     def step_s(self, decodes: int, prompt_tokens: int, context: int) -> float:
         tokens = decodes + prompt_tokens
