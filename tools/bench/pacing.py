@@ -1,7 +1,7 @@
 """`quire bench pacing`: pacing policies on a simulated clock; the real Scheduler, and a model of how long a step takes.
 
-What the table says is as good as the step model. Its defaults were fitted to eleven steps measured on an H200 that serves
-an 8B model in FP8 (tools/bench/RESULTS.md, with the output layer), and meet them within 5 %.
+What the table says is as good as the step model. Its defaults were fitted to eleven steps measured on an H200 with an 8B
+model in FP8 (tools/bench/RESULTS.md, with the output layer), and meet them within 5 %.
 """
 
 from __future__ import annotations
