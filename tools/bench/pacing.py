@@ -1,6 +1,6 @@
 """`quire bench pacing`: pacing policies on a simulated clock; the real Scheduler, and a model of how long a step takes.
 
-What the table says is as good as the step model. Its defaults were fitted to eleven steps measured on an H200 with an 8B
+What the table says is as good as the step model. Its defaults were fitted to eleven steps on an H200 with an 8B
 model in FP8 (tools/bench/RESULTS.md, with the output layer), and meet them within 5 %.
 """
 
